@@ -1,0 +1,143 @@
+//! A JSON object with a bounded size, kept as its compact text.
+//!
+//! Payloads are stored, served and exported far more often than looked into, so the text is
+//! validated once and passed through; nothing re-serialises it on the way.
+
+use serde::{Serialize, Serializer};
+use serde_json::value::{RawValue, to_raw_value};
+use serde_json::{Map, Value};
+
+/// Why a value is not accepted as an object.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum JsonObjectError {
+    /// It is some other JSON value.
+    #[error("must be a JSON object")]
+    NotObject,
+    /// The compact text is too long.
+    #[error("must be at most {limit} bytes as compact JSON, is {size}")]
+    TooLarge {
+        /// The limit, in bytes.
+        limit: usize,
+        /// The size, in bytes.
+        size: usize,
+    },
+    /// A key or a text holds NUL, which PostgreSQL cannot store.
+    #[error("must not contain the NUL character (\\u0000)")]
+    Nul,
+}
+
+/// A JSON object as compact text.
+#[derive(Debug, Clone)]
+pub struct JsonObject(Box<RawValue>);
+
+impl JsonObject {
+    /// Takes `value` when it is an object of at most `limit` bytes without NUL.
+    ///
+    /// # Errors
+    /// [`JsonObjectError`] says which rule it breaks.
+    pub fn new(value: &Value, limit: usize) -> Result<Self, JsonObjectError> {
+        let Value::Object(object) = value else {
+            return Err(JsonObjectError::NotObject);
+        };
+        if object_has_nul(object) {
+            return Err(JsonObjectError::Nul);
+        }
+        let text = to_raw_value(object).expect("a JSON value serialises");
+        if text.get().len() > limit {
+            return Err(JsonObjectError::TooLarge {
+                limit,
+                size: text.get().len(),
+            });
+        }
+        Ok(Self(text))
+    }
+
+    /// Wraps text that a database returned.
+    ///
+    /// # Errors
+    /// [`JsonObjectError::NotObject`] where it is not the text of an object.
+    pub fn from_stored(text: String) -> Result<Self, JsonObjectError> {
+        match RawValue::from_string(text) {
+            Ok(raw) if raw.get().starts_with('{') => Ok(Self(raw)),
+            _ => Err(JsonObjectError::NotObject),
+        }
+    }
+
+    /// The compact text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        self.0.get()
+    }
+}
+
+impl Default for JsonObject {
+    fn default() -> Self {
+        Self(RawValue::from_string("{}".to_owned()).expect("{} is JSON"))
+    }
+}
+
+impl PartialEq for JsonObject {
+    fn eq(&self, other: &Self) -> bool {
+        self.as_str() == other.as_str()
+    }
+}
+
+impl Serialize for JsonObject {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0.serialize(serializer)
+    }
+}
+
+fn object_has_nul(object: &Map<String, Value>) -> bool {
+    object
+        .iter()
+        .any(|(key, value)| key.contains('\0') || has_nul(value))
+}
+
+fn has_nul(value: &Value) -> bool {
+    match value {
+        Value::String(text) => text.contains('\0'),
+        Value::Array(items) => items.iter().any(has_nul),
+        Value::Object(object) => object_has_nul(object),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn the_limit_counts_the_compact_bytes() {
+        let value = json!({ "k": "é".repeat(4) });
+        let size = r#"{"k":"éééé"}"#.len();
+        assert!(JsonObject::new(&value, size).is_ok());
+        assert_eq!(
+            JsonObject::new(&value, size - 1),
+            Err(JsonObjectError::TooLarge {
+                limit: size - 1,
+                size
+            })
+        );
+    }
+
+    #[test]
+    fn nul_is_refused_at_any_depth_and_in_keys() {
+        for value in [json!({"a": [{"b": "x\0"}]}), json!({"a\0": 1})] {
+            assert_eq!(JsonObject::new(&value, 100), Err(JsonObjectError::Nul));
+        }
+    }
+
+    #[test]
+    fn only_objects_are_taken() {
+        for value in [json!(null), json!([]), json!("{}"), json!(1)] {
+            assert_eq!(
+                JsonObject::new(&value, 100),
+                Err(JsonObjectError::NotObject)
+            );
+        }
+        assert!(JsonObject::from_stored("[]".to_owned()).is_err());
+        assert!(JsonObject::from_stored("{".to_owned()).is_err());
+    }
+}

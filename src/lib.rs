@@ -1,0 +1,4 @@
+//! lib
+pub mod domain;
+pub mod storage;
+pub mod telemetry;

@@ -1,0 +1,327 @@
+//! The export queue: whatever asks for an export only adds a row; a worker serves it.
+
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::StorageResult;
+use super::ledger::optional_time;
+use crate::domain::{Audience, Category, ContactId, ExportId, Subject, TenantId};
+
+crate::domain::closed_set!(
+    /// Where an export stands.
+    ExportState, "export state", {
+        /// Waits for a worker.
+        Queued = "queued",
+        /// Is being rendered, or none of its mails has gone out so far.
+        Running = "running",
+        /// Rendered, and sent to at least one of its recipients.
+        Done = "done",
+        /// Not rendered, or every mail was refused.
+        Failed = "failed",
+        /// Ended by somebody.
+        Cancelled = "cancelled",
+        /// Its file was deleted.
+        Expired = "expired",
+    }
+);
+
+crate::domain::closed_set!(
+    /// Where one recipient's mail stands.
+    DeliveryState, "delivery state", {
+        /// Not tried so far.
+        Pending = "pending",
+        /// A worker is sending it.
+        Sending = "sending",
+        /// The server took it.
+        Sent = "sent",
+        /// Could not be sent; will be tried again.
+        Deferred = "deferred",
+        /// The line was cut after the message: the server may have taken it.
+        Uncertain = "uncertain",
+        /// Refused for good.
+        Dead = "dead",
+    }
+);
+
+/// What is to be exported.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExportRequest {
+    /// Whose timeline.
+    pub contact_id: ContactId,
+    /// The format's name.
+    pub format: String,
+    /// Through whose eyes.
+    pub audience: Audience,
+    /// Only what happened at or after this.
+    pub since: Option<DateTime<Utc>>,
+    /// Only what happened before this.
+    pub until: Option<DateTime<Utc>>,
+    /// Only these categories; all, where empty.
+    pub categories: Vec<Category>,
+    /// The IANA zone in which times are written.
+    pub timezone: chrono_tz::Tz,
+    /// Fields whose content is left out.
+    pub redact: Vec<String>,
+    /// To whom it is mailed.
+    pub to: Vec<String>,
+    /// Whether the mail carries the file or says where it is.
+    pub attach: bool,
+}
+
+/// An export to be added.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NewExport {
+    /// Its identity.
+    pub id: ExportId,
+    /// Whose it is.
+    pub tenant_id: TenantId,
+    /// What is to be exported.
+    pub request: ExportRequest,
+    /// Who asked.
+    pub requested_by: Subject,
+    /// Makes a repeat of the same request harmless.
+    pub request_key: Option<String>,
+    /// One per recipient, in the order of `request.to`; fixed before the first try.
+    pub message_ids: Vec<String>,
+    /// When it was asked for.
+    pub created_at: DateTime<Utc>,
+}
+
+/// An export.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Export {
+    /// Its identity.
+    pub id: ExportId,
+    /// Whose it is.
+    pub tenant_id: TenantId,
+    /// What is to be exported.
+    pub request: ExportRequest,
+    /// Who asked.
+    pub requested_by: Subject,
+    /// When it was asked for.
+    pub created_at: DateTime<Utc>,
+    /// What was recorded after this is not part of it.
+    pub through_seq: i64,
+    /// Where it stands.
+    pub state: ExportState,
+    /// How many times rendering was tried.
+    pub attempt: u32,
+    /// When it was first worked on.
+    pub started_at: Option<DateTime<Utc>>,
+    /// When its file was there.
+    pub rendered_at: Option<DateTime<Utc>>,
+    /// When it was done or failed.
+    pub finished_at: Option<DateTime<Utc>>,
+    /// When the file is deleted.
+    pub expires_at: Option<DateTime<Utc>>,
+    /// How many rows there will be, where that is known.
+    pub total_rows: Option<u64>,
+    /// How many rows are written.
+    pub rows: u64,
+    /// The size of the file.
+    pub bytes: Option<u64>,
+    /// The SHA-256 of the file, in hexadecimal.
+    pub sha256: Option<String>,
+    /// The file's name in the export directory.
+    pub file_name: Option<String>,
+    /// Why it failed, or why the last attempt did.
+    pub error: Option<String>,
+    /// The mails.
+    pub deliveries: Vec<ExportDelivery>,
+}
+
+/// One recipient's mail.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ExportDelivery {
+    /// The address.
+    pub to: String,
+    /// The `Message-ID`, without angle brackets.
+    pub message_id: String,
+    /// Where it stands.
+    pub state: DeliveryState,
+    /// How many times it was tried.
+    pub attempt: u32,
+    /// When it will be tried again.
+    #[serde(serialize_with = "optional_time")]
+    pub next_attempt_at: Option<DateTime<Utc>>,
+    /// When the server took it.
+    #[serde(serialize_with = "optional_time")]
+    pub sent_at: Option<DateTime<Utc>>,
+    /// What went wrong last.
+    pub error: Option<String>,
+}
+
+/// A finished file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rendered {
+    /// How many rows it holds.
+    pub rows: u64,
+    /// Its size.
+    pub bytes: u64,
+    /// Its SHA-256, in hexadecimal.
+    pub sha256: String,
+    /// Its name in the export directory.
+    pub file_name: String,
+    /// When it was finished.
+    pub at: DateTime<Utc>,
+    /// When it is to be deleted.
+    pub expires_at: DateTime<Utc>,
+}
+
+/// A mail that the caller is to send.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClaimedDelivery {
+    /// The export, rendered.
+    pub export: Export,
+    /// The mail; its `attempt` counts this one.
+    pub delivery: ExportDelivery,
+}
+
+/// How an attempt to send a mail ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeliveryOutcome {
+    /// The server took it.
+    Sent {
+        /// When.
+        at: DateTime<Utc>,
+    },
+    /// Try again.
+    Again {
+        /// `Deferred` or `Uncertain`.
+        state: DeliveryState,
+        /// When.
+        next_attempt_at: DateTime<Utc>,
+        /// What went wrong.
+        error: String,
+    },
+    /// Never again.
+    Dead {
+        /// What went wrong.
+        error: String,
+    },
+}
+
+impl DeliveryOutcome {
+    /// The columns it sets: state, next attempt, sent at, error.
+    pub(super) fn columns(
+        self,
+    ) -> (
+        DeliveryState,
+        Option<DateTime<Utc>>,
+        Option<DateTime<Utc>>,
+        Option<String>,
+    ) {
+        match self {
+            Self::Sent { at } => (DeliveryState::Sent, None, Some(at), None),
+            Self::Again {
+                state,
+                next_attempt_at,
+                error,
+            } => (state, Some(next_attempt_at), None, Some(error)),
+            Self::Dead { error } => (DeliveryState::Dead, None, None, Some(error)),
+        }
+    }
+}
+
+/// The export queue. A claim lasts until an instant: a worker that dies loses its claims by then.
+#[async_trait]
+pub trait ExportStore: Send + Sync + 'static {
+    /// Adds an export. Answers the id of the export there is: another's, where `request_key` was
+    /// used before.
+    async fn create(&self, export: &NewExport) -> StorageResult<ExportId>;
+
+    /// One export with its deliveries.
+    async fn find(&self, tenant: &TenantId, id: ExportId) -> StorageResult<Option<Export>>;
+
+    /// A tenant's exports, newest first, behind `before`.
+    async fn list(
+        &self,
+        tenant: &TenantId,
+        before: Option<ExportId>,
+        limit: u32,
+    ) -> StorageResult<Vec<Export>>;
+
+    /// Takes the export that has waited longest for rendering, and counts an attempt.
+    async fn claim_render(
+        &self,
+        worker: Uuid,
+        now: DateTime<Utc>,
+        until: DateTime<Utc>,
+    ) -> StorageResult<Option<Export>>;
+
+    /// Notes how far rendering is and keeps the claim. False where the claim was lost or the export
+    /// was cancelled: stop.
+    async fn progress(
+        &self,
+        export: &Export,
+        worker: Uuid,
+        rows: u64,
+        total: u64,
+        until: DateTime<Utc>,
+    ) -> StorageResult<bool>;
+
+    /// The file is there: its mails may go out; without any, the export is done. False where the
+    /// claim was lost.
+    async fn rendered(&self, export: &Export, worker: Uuid, file: &Rendered)
+    -> StorageResult<bool>;
+
+    /// Rendering failed: again at `next_attempt_at`, or never.
+    async fn render_failed(
+        &self,
+        export: &Export,
+        worker: Uuid,
+        error: &str,
+        next_attempt_at: Option<DateTime<Utc>>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()>;
+
+    /// Takes the mail that has been due longest, and counts an attempt.
+    async fn claim_delivery(
+        &self,
+        worker: Uuid,
+        now: DateTime<Utc>,
+        until: DateTime<Utc>,
+    ) -> StorageResult<Option<ClaimedDelivery>>;
+
+    /// Writes how an attempt ended, and what that makes of the export.
+    async fn delivery_ended(
+        &self,
+        claimed: &ClaimedDelivery,
+        worker: Uuid,
+        outcome: &DeliveryOutcome,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()>;
+
+    /// Gives back at once what `worker` holds, without counting the attempt; `None`: what anyone
+    /// holds, for a database that one daemon alone holds.
+    async fn release(&self, worker: Option<Uuid>) -> StorageResult<()>;
+
+    /// Marks exports whose file is past its time as expired. Answers the files to delete, with
+    /// their tenant.
+    async fn expire(&self, now: DateTime<Utc>, limit: u32) -> StorageResult<Vec<String>>;
+
+    /// One page of what an export holds, oldest first, behind `after`: a short read of its own.
+    async fn rows(
+        &self,
+        export: &Export,
+        after: Option<super::Key>,
+        now: DateTime<Utc>,
+        limit: u32,
+    ) -> StorageResult<super::Slice>;
+
+    /// How many rows an export will have.
+    async fn count_rows(&self, export: &Export, now: DateTime<Utc>) -> StorageResult<u64>;
+
+    /// The contacts of a tenant with an event since, optionally of one category, in order; behind
+    /// `after`.
+    async fn active_contacts(
+        &self,
+        tenant: &TenantId,
+        since: DateTime<Utc>,
+        category: Option<Category>,
+        after: Option<ContactId>,
+        limit: u32,
+    ) -> StorageResult<Vec<ContactId>>;
+}

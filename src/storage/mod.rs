@@ -1,0 +1,106 @@
+//! Storage: two engines behind three traits, chosen by the database's URL.
+//!
+//! [`EventRepository`] keeps the events and what changes beside them, [`JobLedger`] the runs of the
+//! jobs, [`ExportStore`] the export queue. Each engine has its SQL in its own files, written the
+//! same wherever it can be; one conformance suite (`tests/storage.rs`) runs every case on both.
+
+mod error;
+mod events;
+mod exports;
+mod ledger;
+mod migrations;
+//pub mod postgres;
+mod rows;
+pub mod sqlite;
+
+use std::sync::Arc;
+
+use tokio_util::sync::CancellationToken;
+
+pub use error::{StorageError, StorageResult};
+pub use events::{
+    Change, EventRepository, Filter, Idempotency, Key, MAX_EXACT_TOTAL, Page, Position, Receipt,
+    Recording, Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View,
+};
+pub use exports::{
+    ClaimedDelivery, DeliveryOutcome, DeliveryState, Export, ExportDelivery, ExportRequest,
+    ExportState, ExportStore, NewExport, Rendered,
+};
+pub use ledger::{Claim, Counts, Finish, JobLedger, Run, RunState, Trigger};
+pub use rows::unreadable_rows;
+
+/// The open database, seen through its three traits.
+#[derive(Clone)]
+pub struct Storage {
+    /// The events.
+    pub events: Arc<dyn EventRepository>,
+    /// The runs of the jobs.
+    pub ledger: Arc<dyn JobLedger>,
+    /// The export queue.
+    pub exports: Arc<dyn ExportStore>,
+    /// Cancelled when an acknowledged write can no longer be promised (a failed fsync): the daemon
+    /// must stop, and must not try the fsync again.
+    pub failed: CancellationToken,
+    closer: Closer,
+}
+
+#[derive(Clone)]
+enum Closer {
+    Sqlite(sqlite::SqliteStorage),
+}
+
+impl Storage {
+    /// The storage on an open SQLite file.
+    #[must_use]
+    pub fn sqlite(storage: sqlite::SqliteStorage) -> Self {
+        let shared = Arc::new(storage.clone());
+        Self {
+            events: shared.clone(),
+            ledger: shared.clone(),
+            exports: shared,
+            failed: storage.failed(),
+            closer: Closer::Sqlite(storage),
+        }
+    }
+
+    /// The engine's name, as logs and `/readyz` say it.
+    #[must_use]
+    pub fn engine(&self) -> &'static str {
+        match &self.closer {
+            Closer::Sqlite(_) => "sqlite",
+        }
+    }
+
+    /// Whether one daemon alone holds the database, so that whatever a former one left is its own.
+    #[must_use]
+    pub fn is_exclusive(&self) -> bool {
+        matches!(self.closer, Closer::Sqlite(_))
+    }
+
+    /// Brings the schema up to this binary's version; forward only.
+    ///
+    /// # Errors
+    /// [`StorageError::Migration`] where the database is newer than the binary or was altered.
+    pub async fn migrate(&self) -> StorageResult<()> {
+        match &self.closer {
+            Closer::Sqlite(storage) => storage.migrate().await,
+        }
+    }
+
+    /// Checks that the schema is this binary's, without changing it.
+    ///
+    /// # Errors
+    /// [`StorageError::Migration`] says what is missing and which command brings it.
+    pub async fn check_schema(&self) -> StorageResult<()> {
+        match &self.closer {
+            Closer::Sqlite(storage) => storage.check_schema().await,
+        }
+    }
+
+    /// Lets waiting writes finish and closes the connections.
+    pub async fn close(&self) {
+        match &self.closer {
+            Closer::Sqlite(storage) => storage.close().await,
+        }
+    }
+}

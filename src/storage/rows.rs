@@ -1,0 +1,397 @@
+//! The one mapping from rows to values, for both engines.
+//!
+//! Other programs insert events too. A row that still cannot be read is passed over, counted and
+//! logged once, so that it stops nothing.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use chrono::{DateTime, Utc};
+use uuid::Uuid;
+
+use super::events::{Key, Receipt, Slice, Undelivered};
+use super::exports::{Export, ExportDelivery, ExportRequest};
+use super::ledger::Run;
+use super::{StorageError, StorageResult};
+use crate::domain::{
+    ContactEvent, ContactId, Delivery, EventId, ExportId, IdError, JsonObject, RunId, TenantId,
+    Visibility,
+};
+
+type Read<T> = Result<T, sqlx::Error>;
+
+/// How an engine's row gives a column.
+pub(super) trait Columns {
+    fn text(&self, column: &'static str) -> Read<Option<String>>;
+    fn uuid(&self, column: &'static str) -> Read<Option<Uuid>>;
+    fn time(&self, column: &'static str) -> Read<Option<DateTime<Utc>>>;
+    fn flag(&self, column: &'static str) -> Read<bool>;
+    fn int(&self, column: &'static str) -> Read<Option<i64>>;
+    fn texts(&self, column: &'static str) -> Read<Vec<String>>;
+}
+
+/// Reads columns of one table and names the column in its errors.
+struct Reader<'r, R> {
+    row: &'r R,
+    table: &'static str,
+}
+
+impl<R: Columns> Reader<'_, R> {
+    fn corrupt(&self, column: &'static str, reason: impl fmt::Display) -> StorageError {
+        StorageError::Corrupt {
+            table: self.table,
+            column,
+            reason: reason.to_string(),
+        }
+    }
+
+    fn read<T>(&self, column: &'static str, value: Read<T>) -> StorageResult<T> {
+        value.map_err(|error| self.corrupt(column, error))
+    }
+
+    fn some<T>(&self, column: &'static str, value: Read<Option<T>>) -> StorageResult<T> {
+        self.read(column, value)?
+            .ok_or_else(|| self.corrupt(column, "is null"))
+    }
+
+    fn text(&self, column: &'static str) -> StorageResult<String> {
+        self.some(column, self.row.text(column))
+    }
+
+    fn maybe_text(&self, column: &'static str) -> StorageResult<Option<String>> {
+        self.read(column, self.row.text(column))
+    }
+
+    fn parsed<T: FromStr<Err: fmt::Display>>(&self, column: &'static str) -> StorageResult<T> {
+        self.text(column)?
+            .parse()
+            .map_err(|error: T::Err| self.corrupt(column, error))
+    }
+
+    fn all_parsed<T: FromStr<Err: fmt::Display>>(
+        &self,
+        column: &'static str,
+    ) -> StorageResult<Vec<T>> {
+        self.read(column, self.row.texts(column))?
+            .iter()
+            .map(|text| {
+                text.parse()
+                    .map_err(|error: T::Err| self.corrupt(column, error))
+            })
+            .collect()
+    }
+
+    fn id<T>(
+        &self,
+        column: &'static str,
+        wrap: fn(Uuid) -> Result<T, IdError>,
+    ) -> StorageResult<T> {
+        wrap(self.some(column, self.row.uuid(column))?).map_err(|error| self.corrupt(column, error))
+    }
+
+    fn maybe_id<T>(
+        &self,
+        column: &'static str,
+        wrap: fn(Uuid) -> Result<T, IdError>,
+    ) -> StorageResult<Option<T>> {
+        self.read(column, self.row.uuid(column))?
+            .map(|uuid| wrap(uuid).map_err(|error| self.corrupt(column, error)))
+            .transpose()
+    }
+
+    fn time(&self, column: &'static str) -> StorageResult<DateTime<Utc>> {
+        self.some(column, self.row.time(column))
+    }
+
+    fn maybe_time(&self, column: &'static str) -> StorageResult<Option<DateTime<Utc>>> {
+        self.read(column, self.row.time(column))
+    }
+
+    fn flag(&self, column: &'static str) -> StorageResult<bool> {
+        self.read(column, self.row.flag(column))
+    }
+
+    fn count(&self, column: &'static str) -> StorageResult<u64> {
+        Ok(self.maybe_count(column)?.unwrap_or(0))
+    }
+
+    fn maybe_count(&self, column: &'static str) -> StorageResult<Option<u64>> {
+        self.read(column, self.row.int(column))?
+            .map(|count| u64::try_from(count).map_err(|error| self.corrupt(column, error)))
+            .transpose()
+    }
+
+    fn object(&self, column: &'static str) -> StorageResult<JsonObject> {
+        JsonObject::from_stored(self.text(column)?).map_err(|error| self.corrupt(column, error))
+    }
+}
+
+/// Reads an event of the view `timeline_events`.
+pub(super) fn event<R: Columns>(row: &R) -> StorageResult<ContactEvent> {
+    let row = Reader {
+        row,
+        table: "contact_events",
+    };
+    let is_realtime = row.flag("is_realtime")?;
+    let delivery = match (
+        row.maybe_time("delivered_at")?,
+        row.maybe_time("delivery_expired_at")?,
+    ) {
+        (Some(at), _) => Delivery::Delivered { at },
+        (None, Some(at)) => Delivery::Expired { at },
+        (None, None) if is_realtime => Delivery::Pending,
+        (None, None) => Delivery::NotRealtime,
+    };
+    Ok(ContactEvent {
+        id: row.id("id", EventId::new)?,
+        tenant_id: row.parsed("tenant_id")?,
+        contact_id: row.id("contact_id", ContactId::new)?,
+        session_id: row.maybe_id("session_id", crate::domain::SessionId::new)?,
+        event_type: row.parsed("event_type")?,
+        category: row.parsed("category")?,
+        priority: row.parsed("priority")?,
+        source: row.parsed("source")?,
+        title: row.maybe_text("title")?,
+        description: row.maybe_text("description")?,
+        payload: row.object("payload")?,
+        metadata: row.object("metadata")?,
+        triggered_by: row.maybe_id("triggered_by", crate::domain::AgentId::new)?,
+        integration_source: row.maybe_text("integration_source")?,
+        is_realtime,
+        delivery,
+        read_at: row.maybe_time("read_at")?,
+        visibility: Visibility {
+            client: row.flag("visible_to_client")?,
+            agent: row.flag("visible_to_agent")?,
+        },
+        expires_at: row.maybe_time("expires_at")?,
+        occurred_at: row.time("occurred_at")?,
+        created_at: row.time("created_at")?,
+    })
+}
+
+/// Reads what can be read; a page that was asked for with one row too many says where to go on.
+pub(super) fn slice<R: Columns>(rows: &[R], limit: u32) -> Slice {
+    let limit = limit as usize;
+    let page = &rows[..rows.len().min(limit)];
+    // The key of the last row that has one; a row without is passed over again by the next page.
+    let next = (rows.len() > limit)
+        .then(|| page.iter().rev().find_map(|row| key(row).ok()))
+        .flatten();
+    Slice {
+        events: events(page),
+        next,
+    }
+}
+
+fn key<R: Columns>(row: &R) -> StorageResult<Key> {
+    let row = Reader {
+        row,
+        table: "contact_events",
+    };
+    Ok(Key {
+        occurred_at: row.time("occurred_at")?,
+        id: row.id("id", EventId::new)?,
+    })
+}
+
+/// Reads the events that can be read.
+pub(super) fn events<R: Columns>(rows: &[R]) -> Vec<ContactEvent> {
+    rows.iter()
+        .filter_map(|row| readable(row, event(row)))
+        .collect()
+}
+
+/// Reads undelivered events; `seq` and `rank` stand beside the event's columns.
+pub(super) fn undelivered<R: Columns>(rows: &[R]) -> Vec<Undelivered> {
+    rows.iter()
+        .filter_map(|row| {
+            let place = Reader {
+                row,
+                table: "event_outbox",
+            };
+            let read = || {
+                Ok(Undelivered {
+                    seq: place.some("seq", row.int("seq"))?,
+                    rank: i16::try_from(place.count("rank")?).unwrap_or(3),
+                    event: event(row)?,
+                })
+            };
+            readable(row, read())
+        })
+        .collect()
+}
+
+/// How many rows were passed over since the start, each counted once.
+#[must_use]
+pub fn unreadable_rows() -> u64 {
+    UNREADABLE.load(Ordering::Relaxed)
+}
+
+static UNREADABLE: AtomicU64 = AtomicU64::new(0);
+
+/// Passes over what cannot be read, and says so once a row.
+fn readable<R: Columns, T>(row: &R, value: StorageResult<T>) -> Option<T> {
+    // A bound on what is remembered; beyond it rows are neither counted nor logged again.
+    const REMEMBERED: usize = 10_000;
+    static SEEN: LazyLock<Mutex<HashSet<String>>> = LazyLock::new(Mutex::default);
+    match value {
+        Ok(value) => Some(value),
+        Err(error) => {
+            let id = match row.uuid("id") {
+                Ok(Some(id)) => id.to_string(),
+                _ => format!("seq {:?}", row.int("seq").unwrap_or(None)),
+            };
+            let mut seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
+            if seen.len() < REMEMBERED && seen.insert(id.clone()) {
+                UNREADABLE.fetch_add(1, Ordering::Relaxed);
+                tracing::error!(event.id = id, %error, "a stored event cannot be read and is passed over");
+            }
+            None
+        }
+    }
+}
+
+/// Reads a run.
+pub(super) fn run<R: Columns>(row: &R) -> StorageResult<Run> {
+    let row = Reader {
+        row,
+        table: "job_runs",
+    };
+    let counts = row.text("counts")?;
+    Ok(Run {
+        id: row.id("id", RunId::new)?,
+        job: row.text("job")?,
+        scheduled_at: row.time("scheduled_at")?,
+        started_at: row.maybe_time("started_at")?,
+        finished_at: row.maybe_time("finished_at")?,
+        trigger: row.parsed("trigger")?,
+        attempt: u32::try_from(row.count("attempt")?).unwrap_or(u32::MAX),
+        daemon: row.read("daemon", row.row.uuid("daemon"))?,
+        state: row.parsed("state")?,
+        counts: serde_json::from_str(&counts).map_err(|error| row.corrupt("counts", error))?,
+        error: row.maybe_text("error")?,
+    })
+}
+
+/// Reads an export, without its deliveries.
+pub(super) fn export<R: Columns>(row: &R) -> StorageResult<Export> {
+    let row = Reader {
+        row,
+        table: "exports",
+    };
+    Ok(Export {
+        id: row.id("id", ExportId::new)?,
+        tenant_id: row.parsed("tenant_id")?,
+        request: ExportRequest {
+            contact_id: row.id("contact_id", ContactId::new)?,
+            format: row.text("format")?,
+            audience: row.parsed("audience")?,
+            since: row.maybe_time("since")?,
+            until: row.maybe_time("until")?,
+            categories: row.all_parsed("categories")?,
+            timezone: row.parsed("timezone")?,
+            redact: row.read("redact", row.row.texts("redact"))?,
+            to: Vec::new(),
+            attach: row.flag("attach")?,
+        },
+        requested_by: row.parsed("requested_by")?,
+        created_at: row.time("created_at")?,
+        through_seq: row.some("through_seq", row.row.int("through_seq"))?,
+        state: row.parsed("state")?,
+        attempt: u32::try_from(row.count("attempt")?).unwrap_or(u32::MAX),
+        started_at: row.maybe_time("started_at")?,
+        rendered_at: row.maybe_time("rendered_at")?,
+        finished_at: row.maybe_time("finished_at")?,
+        expires_at: row.maybe_time("expires_at")?,
+        total_rows: row.maybe_count("total_rows")?,
+        rows: row.count("rows")?,
+        bytes: row.maybe_count("bytes")?,
+        sha256: row.maybe_text("sha256")?,
+        file_name: row.maybe_text("file_name")?,
+        error: row.maybe_text("error")?,
+        deliveries: Vec::new(),
+    })
+}
+
+/// Reads a delivery, with the export that it belongs to.
+pub(super) fn delivery<R: Columns>(row: &R) -> StorageResult<(ExportId, ExportDelivery)> {
+    let row = Reader {
+        row,
+        table: "export_deliveries",
+    };
+    let delivery = ExportDelivery {
+        to: row.text("recipient")?,
+        message_id: row.text("message_id")?,
+        state: row.parsed("state")?,
+        attempt: u32::try_from(row.count("attempt")?).unwrap_or(u32::MAX),
+        next_attempt_at: row.maybe_time("next_attempt_at")?,
+        sent_at: row.maybe_time("sent_at")?,
+        error: row.maybe_text("error")?,
+    };
+    Ok((row.id("export_id", ExportId::new)?, delivery))
+}
+
+/// Puts deliveries to their exports.
+pub(super) fn attach(exports: &mut [Export], deliveries: Vec<(ExportId, ExportDelivery)>) {
+    for (id, delivery) in deliveries {
+        if let Some(export) = exports.iter_mut().find(|export| export.id == id) {
+            export.request.to.push(delivery.to.clone());
+            export.deliveries.push(delivery);
+        }
+    }
+}
+
+/// A new receipt of the event and contact that `row` names, at `at`.
+pub(super) fn receipt<R: Columns>(row: &R, at: DateTime<Utc>) -> StorageResult<Receipt> {
+    let row = Reader {
+        row,
+        table: "event_outbox",
+    };
+    let (event_id, contact_id) = (
+        row.id("event_id", EventId::new)?,
+        row.id("contact_id", ContactId::new)?,
+    );
+    Ok(Receipt {
+        event_id,
+        contact_id,
+        at,
+        is_new: true,
+    })
+}
+
+/// Reads what is known of an idempotency key.
+pub(super) fn idempotency<R: Columns>(
+    row: &R,
+    body_hash: Vec<u8>,
+) -> StorageResult<(String, (Vec<u8>, EventId))> {
+    let row = Reader {
+        row,
+        table: "idempotency_keys",
+    };
+    Ok((
+        row.text("key")?,
+        (body_hash, row.id("event_id", EventId::new)?),
+    ))
+}
+
+/// Reads a contact out of the column `contact_id`.
+pub(super) fn contact<R: Columns>(row: &R) -> StorageResult<ContactId> {
+    Reader {
+        row,
+        table: "contact_events",
+    }
+    .id("contact_id", ContactId::new)
+}
+
+/// Reads a tenant out of the column `tenant_id`.
+pub(super) fn tenant<R: Columns>(row: &R) -> StorageResult<TenantId> {
+    Reader {
+        row,
+        table: "contact_events",
+    }
+    .parsed("tenant_id")
+}

@@ -1,0 +1,1034 @@
+//! The events on SQLite.
+
+use std::collections::{HashMap, HashSet};
+
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use futures_util::TryStreamExt;
+use sqlx::Row;
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use uuid::Uuid;
+use uuid::fmt::Hyphenated;
+
+use super::{SqliteStorage, at, changed, set, text};
+use crate::domain::{
+    Audience, Category, ContactEvent, ContactId, EventId, EventType, SessionId, Subject, TenantId,
+};
+use crate::storage::events::{
+    Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, MAX_EXACT_TOTAL, Page, Receipt, Recording,
+    Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View, audit_change, bounds, claims,
+    first_key, judge, last_key, pending_after,
+};
+use crate::storage::rows::{self, Columns};
+use crate::storage::{StorageError, StorageResult};
+
+macro_rules! event_columns {
+    () => {
+        "e.id, e.tenant_id, e.contact_id, e.session_id, e.event_type, e.category, e.priority, e.source, \
+         e.title, e.description, e.payload, e.metadata, e.triggered_by, e.integration_source, e.is_realtime, \
+         e.delivered_at, e.delivery_expired_at, e.read_at, e.visible_to_client, e.visible_to_agent, \
+         e.expires_at, e.occurred_at, e.created_at"
+    };
+}
+pub(super) use event_columns;
+
+/// Rows of one multi-row insert: 20 columns each, well under SQLite's 32,766 parameters.
+const INSERT_ROWS: usize = 500;
+
+impl SqliteStorage {
+    /// Reads one page, one row more than asked for.
+    async fn page(
+        &self,
+        query: sqlx::query::Query<'_, sqlx::Sqlite, sqlx::sqlite::SqliteArguments>,
+        page: Page,
+    ) -> StorageResult<Slice> {
+        let rows: Vec<SqliteRow> = query.fetch_all(&self.readers).await?;
+        Ok(rows::slice(&rows, page.limit))
+    }
+}
+
+#[async_trait]
+impl EventRepository for SqliteStorage {
+    async fn save(&self, tenant: &TenantId, batch: Vec<Recording>) -> StorageResult<Vec<Saved>> {
+        let tenant = tenant.clone();
+        self.writer
+            .write(move |db| Box::pin(async move { save(db, &tenant, &batch).await }))
+            .await
+    }
+
+    async fn update(
+        &self,
+        tenant: &TenantId,
+        id: EventId,
+        change: Change,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Option<ContactEvent>> {
+        let (tenant, by) = (tenant.clone(), by.clone());
+        self.writer
+            .write(move |db| {
+                Box::pin(async move { update(db, &tenant, id, change, &by, now).await })
+            })
+            .await
+    }
+
+    async fn find_by_id(
+        &self,
+        tenant: &TenantId,
+        id: EventId,
+    ) -> StorageResult<Option<ContactEvent>> {
+        let row = sqlx::query(concat!(
+            "select ",
+            event_columns!(),
+            " from timeline_events e where e.tenant_id = $1 and e.id = $2"
+        ))
+        .bind(tenant.as_str())
+        .bind(text(id.uuid()))
+        .fetch_optional(&self.readers)
+        .await?;
+        Ok(row.and_then(|row| rows::events(&[row]).pop()))
+    }
+
+    async fn find_by_contact_visible_to(
+        &self,
+        tenant: &TenantId,
+        contact: ContactId,
+        filter: &Filter,
+        view: View,
+        page: Page,
+    ) -> StorageResult<Slice> {
+        let (key, offset) = first_key(page, filter.until);
+        let query = sqlx::query(concat!(
+            "select ", event_columns!(), "
+             from timeline_events e
+             where e.tenant_id = $1 and e.contact_id = $2
+               and (e.occurred_at, e.id) < ($3, $4)
+               and e.occurred_at >= $5
+               and ($6 is null or e.category = $6)
+               and ($7 is null or e.event_type = $7)
+               and case $8 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
+               and ($9 is null or e.expires_at is null or e.expires_at > $9)
+             order by e.occurred_at desc, e.id desc
+             limit $10 offset $11"
+        ))
+        .bind(tenant.as_str())
+        .bind(text(contact.uuid()))
+        .bind(at(key.0))
+        .bind(text(key.1))
+        .bind(at(bounds(filter).0))
+        .bind(filter.category.map(Category::as_str))
+        .bind(filter.event_type.as_ref().map(EventType::as_str))
+        .bind(view.audience.as_str())
+        .bind(view.unexpired_at().map(at))
+        .bind(i64::from(page.limit) + 1)
+        .bind(offset);
+        self.page(query, page).await
+    }
+
+    async fn count_by_contact(
+        &self,
+        tenant: &TenantId,
+        contact: ContactId,
+        filter: &Filter,
+        view: View,
+    ) -> StorageResult<u32> {
+        let (since, until) = bounds(filter);
+        let count: i64 = sqlx::query_scalar(
+            "select count(*) from (
+                 select 1 from contact_events e
+                 where e.tenant_id = $1 and e.contact_id = $2
+                   and e.occurred_at >= $3 and e.occurred_at < $4
+                   and ($5 is null or e.category = $5)
+                   and ($6 is null or e.event_type = $6)
+                   and case $7 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
+                   and ($8 is null or e.expires_at is null or e.expires_at > $8)
+                 limit $9)",
+        )
+        .bind(tenant.as_str())
+        .bind(text(contact.uuid()))
+        .bind(at(since))
+        .bind(at(until))
+        .bind(filter.category.map(Category::as_str))
+        .bind(filter.event_type.as_ref().map(EventType::as_str))
+        .bind(view.audience.as_str())
+        .bind(view.unexpired_at().map(at))
+        .bind(i64::from(MAX_EXACT_TOTAL) + 1)
+        .fetch_one(&self.readers)
+        .await?;
+        Ok(u32::try_from(count).unwrap_or(u32::MAX))
+    }
+
+    async fn find_by_session(
+        &self,
+        tenant: &TenantId,
+        session: SessionId,
+        contacts: Option<&[ContactId]>,
+        view: View,
+        page: Page,
+    ) -> StorageResult<Slice> {
+        let (key, offset) = last_key(page);
+        let query = sqlx::query(concat!(
+            "select ", event_columns!(), "
+             from timeline_events e
+             where e.tenant_id = $1 and e.session_id = $2
+               and (e.occurred_at, e.id) > ($3, $4)
+               and ($5 is null or e.contact_id in (select value from json_each($5)))
+               and case $6 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
+               and ($7 is null or e.expires_at is null or e.expires_at > $7)
+             order by e.occurred_at, e.id
+             limit $8 offset $9"
+        ))
+        .bind(tenant.as_str())
+        .bind(text(session.uuid()))
+        .bind(at(key.0))
+        .bind(text(key.1))
+        .bind(contacts.map(set))
+        .bind(view.audience.as_str())
+        .bind(view.unexpired_at().map(at))
+        .bind(i64::from(page.limit) + 1)
+        .bind(offset);
+        self.page(query, page).await
+    }
+
+    async fn find_by_type_since(
+        &self,
+        tenant: &TenantId,
+        event_type: &EventType,
+        since: DateTime<Utc>,
+        view: View,
+        page: Page,
+    ) -> StorageResult<Slice> {
+        let (key, offset) = first_key(page, None);
+        let query = sqlx::query(concat!(
+            "select ", event_columns!(), "
+             from timeline_events e
+             where e.tenant_id = $1 and e.event_type = $2
+               and (e.occurred_at, e.id) < ($3, $4)
+               and e.occurred_at >= $5
+               and case $6 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
+               and ($7 is null or e.expires_at is null or e.expires_at > $7)
+             order by e.occurred_at desc, e.id desc
+             limit $8 offset $9"
+        ))
+        .bind(tenant.as_str())
+        .bind(event_type.as_str())
+        .bind(at(key.0))
+        .bind(text(key.1))
+        .bind(at(since))
+        .bind(view.audience.as_str())
+        .bind(view.unexpired_at().map(at))
+        .bind(i64::from(page.limit) + 1)
+        .bind(offset);
+        self.page(query, page).await
+    }
+
+    async fn find_by_category_since(
+        &self,
+        tenant: &TenantId,
+        category: Category,
+        since: DateTime<Utc>,
+        view: View,
+        page: Page,
+    ) -> StorageResult<Slice> {
+        let (key, offset) = first_key(page, None);
+        let query = sqlx::query(concat!(
+            "select ", event_columns!(), "
+             from timeline_events e
+             where e.tenant_id = $1 and e.category = $2
+               and (e.occurred_at, e.id) < ($3, $4)
+               and e.occurred_at >= $5
+               and case $6 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
+               and ($7 is null or e.expires_at is null or e.expires_at > $7)
+             order by e.occurred_at desc, e.id desc
+             limit $8 offset $9"
+        ))
+        .bind(tenant.as_str())
+        .bind(category.as_str())
+        .bind(at(key.0))
+        .bind(text(key.1))
+        .bind(at(since))
+        .bind(view.audience.as_str())
+        .bind(view.unexpired_at().map(at))
+        .bind(i64::from(page.limit) + 1)
+        .bind(offset);
+        self.page(query, page).await
+    }
+
+    async fn find_undelivered_for_contact(
+        &self,
+        tenant: &TenantId,
+        contact: ContactId,
+        view: View,
+        page: Page,
+    ) -> StorageResult<Slice> {
+        let (key, offset) = last_key(page);
+        let query = sqlx::query(concat!(
+            "select ", event_columns!(), "
+             from event_outbox o
+             join timeline_events e on e.tenant_id = o.tenant_id and e.id = o.event_id
+             where o.tenant_id = $1 and o.contact_id = $2
+               and (o.occurred_at, o.event_id) > ($3, $4)
+               and (o.expires_at is null or o.expires_at > $5)
+               and case $6 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
+             order by o.occurred_at, o.event_id
+             limit $7 offset $8"
+        ))
+        .bind(tenant.as_str())
+        .bind(text(contact.uuid()))
+        .bind(at(key.0))
+        .bind(text(key.1))
+        .bind(at(view.now))
+        .bind(view.audience.as_str())
+        .bind(i64::from(page.limit) + 1)
+        .bind(offset);
+        self.page(query, page).await
+    }
+
+    async fn find_undelivered_realtime(
+        &self,
+        tenant: &TenantId,
+        contacts: &[ContactId],
+        after: [i64; 4],
+        now: DateTime<Utc>,
+        limit: u32,
+    ) -> StorageResult<Vec<Undelivered>> {
+        let contacts = set(contacts);
+        let mut found = Vec::new();
+        // Rank by rank: one query ordered across ranks would sort every waiting row.
+        for (rank, after) in (0_i64..).zip(after) {
+            let wanted = i64::from(limit) - i64::try_from(found.len()).unwrap_or(i64::MAX);
+            if wanted <= 0 {
+                break;
+            }
+            // SQLite has no lateral join: the inner query gives each contact's first rows by index.
+            let rows = sqlx::query(concat!(
+                "select o.seq, o.rank, ", event_columns!(), "
+                 from (select o.seq, o.rank, o.tenant_id, o.event_id
+                       from json_each($2) c
+                       join event_outbox o on o.seq in (
+                           select i.seq from event_outbox i
+                           where i.tenant_id = $1 and i.contact_id = c.value and i.rank = $3 and i.seq > $4
+                             and (i.expires_at is null or i.expires_at > $5)
+                           order by i.seq
+                           limit $6)
+                       order by o.seq
+                       limit $6) o
+                 join timeline_events e on e.tenant_id = o.tenant_id and e.id = o.event_id
+                 order by o.seq"
+            ))
+            .bind(tenant.as_str())
+            .bind(&contacts)
+            .bind(rank)
+            .bind(after)
+            .bind(at(now))
+            .bind(wanted)
+            .fetch_all(&self.readers)
+            .await?;
+            found.extend(rows::undelivered(&rows));
+        }
+        Ok(found)
+    }
+
+    async fn tail_end(&self) -> StorageResult<TailMark> {
+        // From the sequence, since the newest outbox rows may be gone already.
+        let seq: Option<i64> =
+            sqlx::query_scalar("select seq from sqlite_sequence where name = 'contact_events'")
+                .fetch_optional(&self.readers)
+                .await?;
+        Ok(TailMark::Seq(seq.unwrap_or(0)))
+    }
+
+    async fn tail(
+        &self,
+        mark: &TailMark,
+        keep: &(dyn for<'a> Fn(&'a str, ContactId) -> bool + Send + Sync),
+    ) -> StorageResult<Tail> {
+        let TailMark::Seq(mut last) = *mark else {
+            return Err(StorageError::Migration(
+                "a mark of another engine".to_owned(),
+            ));
+        };
+        let mut rows = sqlx::query(
+            "select seq, rank, tenant_id, contact_id, event_id from event_outbox where seq > $1 order by seq",
+        )
+        .bind(last)
+        .fetch(&self.readers);
+        let mut entries = Vec::new();
+        while let Some(row) = rows.try_next().await? {
+            last = row.try_get("seq")?;
+            let contact: Hyphenated = row.try_get("contact_id")?;
+            let Ok(contact_id) = ContactId::new(contact.into_uuid()) else {
+                continue;
+            };
+            if keep(row.try_get("tenant_id")?, contact_id) {
+                entries.extend(tail_entry(&row, contact_id)?);
+            }
+        }
+        entries.sort_by_key(|entry: &TailEntry| (entry.rank, entry.seq));
+        Ok(Tail {
+            entries,
+            mark: TailMark::Seq(last),
+        })
+    }
+
+    async fn find_entries(&self, entries: &[TailEntry]) -> StorageResult<Vec<Undelivered>> {
+        let seqs: Vec<i64> = entries.iter().map(|entry| entry.seq).collect();
+        let rows = sqlx::query(concat!(
+            "select o.seq, o.rank, ",
+            event_columns!(),
+            "
+             from event_outbox o
+             join timeline_events e on e.tenant_id = o.tenant_id and e.id = o.event_id
+             where o.seq in (select value from json_each($1))
+             order by o.rank, o.seq"
+        ))
+        .bind(set(&seqs))
+        .fetch_all(&self.readers)
+        .await?;
+        Ok(rows::undelivered(&rows))
+    }
+
+    async fn mark_delivered(
+        &self,
+        tenant: &TenantId,
+        audience: Option<Audience>,
+        ids: &[EventId],
+        contacts: Option<&[ContactId]>,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Vec<Receipt>> {
+        let (tenant, by) = (tenant.clone(), by.clone());
+        let (ids, contacts) = (set(ids), contacts.map(set));
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    let rows = sqlx::query(
+                        "delete from event_outbox
+                         where tenant_id = $1 and event_id in (select value from json_each($2))
+                           and ($3 is null or audience = $3)
+                           and ($4 is null or contact_id in (select value from json_each($4)))
+                           and (expires_at is null or expires_at > $5)
+                         returning event_id, contact_id, audience",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(ids)
+                    .bind(audience.map(Audience::as_str))
+                    .bind(contacts)
+                    .bind(at(now))
+                    .fetch_all(&mut *db)
+                    .await?;
+                    let ended: Vec<[String; 2]> = rows
+                        .iter()
+                        .map(|row| Ok([row.try_get("event_id")?, row.try_get("audience")?]))
+                        .collect::<Result<_, sqlx::Error>>()?;
+                    deliver(db, &tenant, &set(&ended), &by, now).await?;
+                    receipts(&rows, now)
+                })
+            })
+            .await
+    }
+
+    async fn record_delivered(
+        &self,
+        tenant: &TenantId,
+        id: EventId,
+        audience: Audience,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<DateTime<Utc>> {
+        let (tenant, by) = (tenant.clone(), by.clone());
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    sqlx::query(
+                        "delete from event_outbox where tenant_id = $1 and event_id = $2 and audience = $3",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(audience.as_str())
+                    .execute(&mut *db)
+                    .await?;
+                    let ended = set(&[[id.to_string(), audience.to_string()]]);
+                    deliver(db, &tenant, &ended, &by, now).await?;
+                    let first: i64 = sqlx::query_scalar(
+                        "select min(recorded_at) from event_deliveries
+                         where tenant_id = $1 and event_id = $2 and outcome = 'delivered'",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .fetch_one(&mut *db)
+                    .await?;
+                    Ok(DateTime::from_timestamp_micros(first).unwrap_or(now))
+                })
+            })
+            .await
+    }
+
+    async fn mark_read(
+        &self,
+        tenant: &TenantId,
+        ids: &[EventId],
+        contacts: Option<&[ContactId]>,
+        reader: &Subject,
+        view: View,
+    ) -> StorageResult<Vec<Receipt>> {
+        let (tenant, reader) = (tenant.clone(), reader.clone());
+        let (ids, contacts) = (set(ids), contacts.map(set));
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    let new = sqlx::query(
+                        "insert into event_reads (tenant_id, event_id, reader, read_at)
+                         select e.tenant_id, e.id, $4, $7
+                         from contact_events e
+                         where e.tenant_id = $1 and e.id in (select value from json_each($2))
+                           and ($3 is null or e.contact_id in (select value from json_each($3)))
+                           and case $5 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
+                           and ($6 is null or e.expires_at is null or e.expires_at > $6)
+                         on conflict do nothing
+                         returning event_id",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(&ids)
+                    .bind(&contacts)
+                    .bind(reader.as_str())
+                    .bind(view.audience.as_str())
+                    .bind(view.unexpired_at().map(at))
+                    .bind(at(view.now))
+                    .fetch_all(&mut *db)
+                    .await?;
+                    let new: HashSet<Uuid> = new.iter().filter_map(|row| row.uuid("event_id").ok()?).collect();
+                    let rows = sqlx::query(
+                        "select r.event_id, e.contact_id, r.read_at
+                         from contact_events e
+                         join event_reads r on r.tenant_id = e.tenant_id and r.event_id = e.id and r.reader = $4
+                         where e.tenant_id = $1 and e.id in (select value from json_each($2))
+                           and ($3 is null or e.contact_id in (select value from json_each($3)))
+                           and case $5 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
+                           and ($6 is null or e.expires_at is null or e.expires_at > $6)",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(&ids)
+                    .bind(&contacts)
+                    .bind(reader.as_str())
+                    .bind(view.audience.as_str())
+                    .bind(view.unexpired_at().map(at))
+                    .fetch_all(&mut *db)
+                    .await?;
+                    let mut receipts = Vec::with_capacity(rows.len());
+                    for row in &rows {
+                        let read_at = row.time("read_at")?.unwrap_or(view.now);
+                        let receipt = rows::receipt(row, read_at)?;
+                        let is_new = new.contains(&receipt.event_id.uuid());
+                        receipts.push(Receipt { is_new, ..receipt });
+                    }
+                    Ok(receipts)
+                })
+            })
+            .await
+    }
+
+    async fn expire_undelivered(&self, now: DateTime<Utc>, limit: u32) -> StorageResult<u64> {
+        // Asked of a reader first: most looks find nothing, and a write would cost an fsync.
+        let due: Option<i64> =
+            sqlx::query_scalar("select 1 from event_outbox where expires_at <= $1 limit 1")
+                .bind(at(now))
+                .fetch_optional(&self.readers)
+                .await?;
+        if due.is_none() {
+            return Ok(0);
+        }
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    sqlx::query(
+                        "insert into event_deliveries (tenant_id, event_id, audience, outcome, recorded_at)
+                         select tenant_id, event_id, audience, 'expired', $1 from event_outbox
+                         where expires_at <= $1 order by expires_at, seq limit $2
+                         on conflict do nothing",
+                    )
+                    .bind(at(now))
+                    .bind(limit)
+                    .execute(&mut *db)
+                    .await?;
+                    let expired = sqlx::query(
+                        "delete from event_outbox where seq in (
+                             select seq from event_outbox where expires_at <= $1 order by expires_at, seq limit $2)",
+                    )
+                    .bind(at(now))
+                    .bind(limit);
+                    changed(db, expired).await
+                })
+            })
+            .await
+    }
+
+    async fn expiring_tenants(&self) -> StorageResult<Vec<TenantId>> {
+        // A step per tenant through the index, not a scan of it.
+        let rows = sqlx::query(
+            "with recursive tenants (tenant_id) as (
+                 select min(tenant_id) from contact_events where expires_at is not null
+                 union all
+                 select (select min(e.tenant_id) from contact_events e
+                         where e.expires_at is not null and e.tenant_id > t.tenant_id)
+                 from tenants t where t.tenant_id is not null)
+             select tenant_id from tenants where tenant_id is not null",
+        )
+        .fetch_all(&self.readers)
+        .await?;
+        rows.iter().map(rows::tenant).collect()
+    }
+
+    async fn find_expired_before(
+        &self,
+        tenant: &TenantId,
+        cutoff: DateTime<Utc>,
+        limit: u32,
+    ) -> StorageResult<Vec<ContactEvent>> {
+        let rows = sqlx::query(concat!(
+            "select ",
+            event_columns!(),
+            "
+             from timeline_events e
+             where e.tenant_id = $1 and e.expires_at < $2
+             order by e.expires_at
+             limit $3"
+        ))
+        .bind(tenant.as_str())
+        .bind(at(cutoff))
+        .bind(limit)
+        .fetch_all(&self.readers)
+        .await?;
+        Ok(rows::events(&rows))
+    }
+
+    async fn count_expired_before(
+        &self,
+        tenant: &TenantId,
+        cutoff: DateTime<Utc>,
+    ) -> StorageResult<u64> {
+        let count: i64 = sqlx::query_scalar(
+            "select count(*) from contact_events where tenant_id = $1 and expires_at < $2",
+        )
+        .bind(tenant.as_str())
+        .bind(at(cutoff))
+        .fetch_one(&self.readers)
+        .await?;
+        Ok(count.unsigned_abs())
+    }
+
+    async fn delete(
+        &self,
+        tenant: &TenantId,
+        id: EventId,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Option<ContactId>> {
+        let (tenant, by) = (tenant.clone(), by.clone());
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    let row = sqlx::query(
+                        "delete from contact_events where tenant_id = $1 and id = $2 returning contact_id",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .fetch_optional(&mut *db)
+                    .await?;
+                    let Some(row) = row else { return Ok(None) };
+                    forget(db, &tenant, &set(&[id])).await?;
+                    audit(db, &tenant, now, &by, "event_deleted", id, (None, None)).await?;
+                    Ok(row.uuid("contact_id")?.and_then(|contact| ContactId::new(contact).ok()))
+                })
+            })
+            .await
+    }
+
+    async fn delete_expired_before(
+        &self,
+        tenant: &TenantId,
+        cutoff: DateTime<Utc>,
+        limit: u32,
+    ) -> StorageResult<u64> {
+        let tenant = tenant.clone();
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    let ids: Vec<String> = sqlx::query_scalar(
+                        "delete from contact_events where seq in (
+                             select seq from contact_events
+                             where tenant_id = $1 and expires_at < $2
+                             order by expires_at
+                             limit $3)
+                         returning id",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(at(cutoff))
+                    .bind(limit)
+                    .fetch_all(&mut *db)
+                    .await?;
+                    forget(db, &tenant, &set(&ids)).await?;
+                    Ok(ids.len() as u64)
+                })
+            })
+            .await
+    }
+
+    async fn delete_idempotency_before(
+        &self,
+        tenant: &TenantId,
+        cutoff: DateTime<Utc>,
+        limit: u32,
+    ) -> StorageResult<u64> {
+        let tenant = tenant.clone();
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    let old = sqlx::query(
+                        "delete from idempotency_keys where tenant_id = $1 and key in (
+                             select key from idempotency_keys
+                             where tenant_id = $1 and created_at < $2 order by created_at limit $3)",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(at(cutoff))
+                    .bind(limit);
+                    changed(db, old).await
+                })
+            })
+            .await
+    }
+
+    async fn idempotent_tenants(&self) -> StorageResult<Vec<TenantId>> {
+        let rows = sqlx::query(
+            "with recursive tenants (tenant_id) as (
+                 select min(tenant_id) from idempotency_keys
+                 union all
+                 select (select min(k.tenant_id) from idempotency_keys k where k.tenant_id > t.tenant_id)
+                 from tenants t where t.tenant_id is not null)
+             select tenant_id from tenants where tenant_id is not null",
+        )
+        .fetch_all(&self.readers)
+        .await?;
+        rows.iter().map(rows::tenant).collect()
+    }
+}
+
+fn tail_entry(row: &SqliteRow, contact_id: ContactId) -> StorageResult<Option<TailEntry>> {
+    let event: Hyphenated = row.try_get("event_id")?;
+    let tenant_id = TenantId::new(row.try_get("tenant_id")?).ok();
+    let event_id = EventId::new(event.into_uuid()).ok();
+    let (seq, rank) = (row.try_get("seq")?, row.try_get::<i16, _>("rank")?);
+    Ok(tenant_id
+        .zip(event_id)
+        .map(|(tenant_id, event_id)| TailEntry {
+            seq,
+            rank,
+            tenant_id,
+            contact_id,
+            event_id,
+        }))
+}
+
+fn receipts(rows: &[SqliteRow], now: DateTime<Utc>) -> StorageResult<Vec<Receipt>> {
+    rows.iter().map(|row| rows::receipt(row, now)).collect()
+}
+
+async fn save(
+    db: &mut SqliteConnection,
+    tenant: &TenantId,
+    batch: &[Recording],
+) -> StorageResult<Vec<Saved>> {
+    let (fresh, known) = claim_keys(db, tenant, batch).await?;
+    let mut saved = judge(batch, &fresh, &known);
+    let wanted: Vec<usize> = (0..batch.len())
+        .filter(|&index| saved[index] == Saved::Created)
+        .collect();
+    for chunk in wanted.chunks(INSERT_ROWS) {
+        let mut inserted =
+            insert(db, tenant, chunk.iter().map(|&index| &batch[index].event)).await?;
+        for &index in chunk {
+            if !inserted.remove(&batch[index].event.id.uuid()) {
+                saved[index] = Saved::IdTaken;
+            }
+        }
+    }
+    let unused: Vec<&str> = (batch.iter().zip(&saved))
+        .filter(|(_, saved)| **saved == Saved::IdTaken)
+        .filter_map(|(recording, _)| Some(recording.idempotency.as_ref()?.key.as_str()))
+        .collect();
+    if !unused.is_empty() {
+        sqlx::query(
+            "delete from idempotency_keys
+             where tenant_id = $1 and key in (select value from json_each($2))",
+        )
+        .bind(tenant.as_str())
+        .bind(set(&unused))
+        .execute(db)
+        .await?;
+    }
+    Ok(saved)
+}
+
+type Known = HashMap<String, (Vec<u8>, EventId)>;
+
+/// Claims the batch's keys; answers those that are fresh, and what is known of the others.
+async fn claim_keys(
+    db: &mut SqliteConnection,
+    tenant: &TenantId,
+    batch: &[Recording],
+) -> StorageResult<(HashSet<String>, Known)> {
+    let claims = claims(batch);
+    if claims.is_empty() {
+        return Ok((HashSet::new(), Known::new()));
+    }
+    let mut query = sqlx::QueryBuilder::<sqlx::Sqlite>::new(
+        "insert into idempotency_keys (tenant_id, key, body_hash, event_id, created_at) ",
+    );
+    query.push_values(&claims, |mut row, (key, (hash, id, created_at))| {
+        row.push_bind(tenant.as_str())
+            .push_bind(*key)
+            .push_bind(*hash)
+            .push_bind(text(id.uuid()))
+            .push_bind(at(*created_at));
+    });
+    // A key older than the window is as good as new.
+    query.push(
+        " on conflict (tenant_id, key) do update \
+          set body_hash = excluded.body_hash, event_id = excluded.event_id, created_at = excluded.created_at \
+          where idempotency_keys.created_at <= excluded.created_at - ",
+    );
+    query
+        .push_bind(IDEMPOTENCY_WINDOW.num_microseconds())
+        .push(" returning key");
+    let fresh: HashSet<String> = query
+        .build_query_scalar()
+        .fetch_all(&mut *db)
+        .await?
+        .into_iter()
+        .collect();
+    let others: Vec<&str> = claims
+        .keys()
+        .copied()
+        .filter(|key| !fresh.contains(*key))
+        .collect();
+    if others.is_empty() {
+        return Ok((fresh, Known::new()));
+    }
+    let rows = sqlx::query(
+        "select key, body_hash, event_id from idempotency_keys
+         where tenant_id = $1 and key in (select value from json_each($2))",
+    )
+    .bind(tenant.as_str())
+    .bind(set(&others))
+    .fetch_all(db)
+    .await?;
+    let known = rows
+        .iter()
+        .map(|row| rows::idempotency(row, row.try_get("body_hash")?));
+    Ok((fresh, known.collect::<StorageResult<_>>()?))
+}
+
+/// Inserts events; answers the ids of those that were new.
+async fn insert<'e>(
+    db: &mut SqliteConnection,
+    tenant: &TenantId,
+    events: impl Iterator<Item = &'e ContactEvent>,
+) -> StorageResult<HashSet<Uuid>> {
+    let mut query = sqlx::QueryBuilder::<sqlx::Sqlite>::new(
+        "insert into contact_events (tenant_id, id, contact_id, session_id, event_type, category, priority, \
+         source, title, description, payload, metadata, triggered_by, integration_source, is_realtime, \
+         visible_to_client, visible_to_agent, expires_at, occurred_at, created_at) ",
+    );
+    query.push_values(events, |mut row, event| {
+        row.push_bind(tenant.as_str())
+            .push_bind(text(event.id.uuid()))
+            .push_bind(text(event.contact_id.uuid()))
+            .push_bind(event.session_id.map(|id| text(id.uuid())))
+            .push_bind(event.event_type.as_str())
+            .push_bind(event.category.as_str())
+            .push_bind(event.priority.as_str())
+            .push_bind(event.source.as_str())
+            .push_bind(event.title.as_deref())
+            .push_bind(event.description.as_deref())
+            .push_bind(event.payload.as_str())
+            .push_bind(event.metadata.as_str())
+            .push_bind(event.triggered_by.map(|id| text(id.uuid())))
+            .push_bind(event.integration_source.as_deref())
+            .push_bind(event.is_realtime)
+            .push_bind(event.visibility.client)
+            .push_bind(event.visibility.agent)
+            .push_bind(event.expires_at.map(at))
+            .push_bind(at(event.occurred_at))
+            .push_bind(at(event.created_at));
+    });
+    query.push(" on conflict (tenant_id, id) do nothing returning id");
+    let rows = query.build().fetch_all(db).await?;
+    Ok(rows
+        .iter()
+        .map(|row| row.uuid("id"))
+        .collect::<Result<Vec<_>, _>>()?
+        .into_iter()
+        .flatten()
+        .collect())
+}
+
+async fn update(
+    db: &mut SqliteConnection,
+    tenant: &TenantId,
+    id: EventId,
+    change: Change,
+    by: &Subject,
+    now: DateTime<Utc>,
+) -> StorageResult<Option<ContactEvent>> {
+    const FIND: &str = concat!(
+        "select e.seq, ",
+        event_columns!(),
+        " from timeline_events e where e.tenant_id = $1 and e.id = $2"
+    );
+    let found = sqlx::query(FIND)
+        .bind(tenant.as_str())
+        .bind(text(id.uuid()))
+        .fetch_optional(&mut *db)
+        .await?;
+    let Some(row) = found else { return Ok(None) };
+    let before = rows::event(&row)?;
+    let visibility = change.visibility.unwrap_or(before.visibility);
+    let expires_at = change.expires_at.unwrap_or(before.expires_at);
+    sqlx::query(
+        "update contact_events set visible_to_client = $3, visible_to_agent = $4, expires_at = $5
+         where tenant_id = $1 and id = $2",
+    )
+    .bind(tenant.as_str())
+    .bind(text(id.uuid()))
+    .bind(visibility.client)
+    .bind(visibility.agent)
+    .bind(expires_at.map(at))
+    .execute(&mut *db)
+    .await?;
+    if before.is_realtime {
+        let was_pending: Option<String> = sqlx::query_scalar(
+            "delete from event_outbox where tenant_id = $1 and event_id = $2 returning audience",
+        )
+        .bind(tenant.as_str())
+        .bind(text(id.uuid()))
+        .fetch_optional(&mut *db)
+        .await?;
+        // An expiry that lies ahead revives a delivery that had expired.
+        let revives = expires_at.is_none_or(|at| at > now);
+        if revives {
+            sqlx::query(
+                "delete from event_deliveries where tenant_id = $1 and event_id = $2 and outcome = 'expired'",
+            )
+            .bind(tenant.as_str())
+            .bind(text(id.uuid()))
+            .execute(&mut *db)
+            .await?;
+        }
+        let had: Vec<String> = sqlx::query_scalar(
+            "select audience from event_deliveries where tenant_id = $1 and event_id = $2",
+        )
+        .bind(tenant.as_str())
+        .bind(text(id.uuid()))
+        .fetch_all(&mut *db)
+        .await?;
+        let had: Vec<Audience> = had
+            .iter()
+            .filter_map(|audience| audience.parse().ok())
+            .collect();
+        let was_pending = was_pending.and_then(|audience| audience.parse().ok());
+        if let Some(audience) = pending_after(before.visibility, visibility, was_pending, &had) {
+            sqlx::query(
+                "insert into event_outbox (seq, tenant_id, event_id, contact_id, audience, rank, occurred_at, expires_at)
+                 select seq, tenant_id, id, contact_id, $3, $4, occurred_at, expires_at
+                 from contact_events where tenant_id = $1 and id = $2",
+            )
+            .bind(tenant.as_str())
+            .bind(text(id.uuid()))
+            .bind(audience.as_str())
+            .bind(before.priority.rank())
+            .execute(&mut *db)
+            .await?;
+        }
+    }
+    audit(
+        db,
+        tenant,
+        now,
+        by,
+        "event_updated",
+        id,
+        audit_change(&before, visibility, expires_at),
+    )
+    .await?;
+    let row = sqlx::query(FIND)
+        .bind(tenant.as_str())
+        .bind(text(id.uuid()))
+        .fetch_one(&mut *db)
+        .await?;
+    rows::event(&row).map(Some)
+}
+
+/// Writes deliveries: `ended` is a JSON array of pairs of event and audience.
+async fn deliver(
+    db: &mut SqliteConnection,
+    tenant: &TenantId,
+    ended: &str,
+    by: &Subject,
+    now: DateTime<Utc>,
+) -> StorageResult<()> {
+    sqlx::query(
+        "insert into event_deliveries (tenant_id, event_id, audience, outcome, recorded_at, recorded_by)
+         select $1, value ->> 0, value ->> 1, 'delivered', $3, $4 from json_each($2) where true
+         on conflict (tenant_id, event_id, audience) do update
+         set outcome = 'delivered', recorded_at = excluded.recorded_at, recorded_by = excluded.recorded_by
+         where outcome = 'expired'",
+    )
+    .bind(tenant.as_str())
+    .bind(ended)
+    .bind(at(now))
+    .bind(by.as_str())
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// Deletes what stands beside events: `ids` is a JSON array.
+async fn forget(db: &mut SqliteConnection, tenant: &TenantId, ids: &str) -> StorageResult<()> {
+    for statement in [
+        "delete from event_outbox where tenant_id = $1 and event_id in (select value from json_each($2))",
+        "delete from event_deliveries where tenant_id = $1 and event_id in (select value from json_each($2))",
+        "delete from event_reads where tenant_id = $1 and event_id in (select value from json_each($2))",
+    ] {
+        sqlx::query(statement)
+            .bind(tenant.as_str())
+            .bind(ids)
+            .execute(&mut *db)
+            .await?;
+    }
+    Ok(())
+}
+
+async fn audit(
+    db: &mut SqliteConnection,
+    tenant: &TenantId,
+    now: DateTime<Utc>,
+    by: &Subject,
+    action: &'static str,
+    id: EventId,
+    (before, after): (Option<String>, Option<String>),
+) -> StorageResult<()> {
+    sqlx::query(
+        "insert into audit_log (tenant_id, at, actor, action, subject_id, before, after)
+         values ($1, $2, $3, $4, $5, $6, $7)",
+    )
+    .bind(tenant.as_str())
+    .bind(at(now))
+    .bind(by.as_str())
+    .bind(action)
+    .bind(text(id.uuid()))
+    .bind(before)
+    .bind(after)
+    .execute(db)
+    .await?;
+    Ok(())
+}

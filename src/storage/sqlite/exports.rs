@@ -1,0 +1,597 @@
+//! The export queue on SQLite.
+
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use sqlx::Row;
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use uuid::Uuid;
+
+use super::events::event_columns;
+use super::{SqliteStorage, at, changed, set, text};
+use crate::domain::{Category, ContactId, ExportId, TenantId};
+use crate::storage::events::{Filter, Key, Slice, View, bounds, last_key};
+use crate::storage::exports::{
+    ClaimedDelivery, DeliveryOutcome, Export, ExportDelivery, ExportStore, NewExport, Rendered,
+};
+use crate::storage::rows::{self, Columns};
+use crate::storage::{Page, StorageResult};
+
+macro_rules! export_columns {
+    () => {
+        "id, tenant_id, contact_id, format, audience, since, until, categories, timezone, redact, attach, \
+         requested_by, created_at, through_seq, state, attempt, started_at, rendered_at, finished_at, \
+         expires_at, total_rows, rows, bytes, sha256, file_name, error"
+    };
+}
+
+macro_rules! delivery_columns {
+    () => {
+        "export_id, recipient, message_id, state, attempt, next_attempt_at, sent_at, error"
+    };
+}
+
+type Deliveries = Vec<(ExportId, ExportDelivery)>;
+
+fn deliveries(rows: &[SqliteRow]) -> StorageResult<Deliveries> {
+    rows.iter().map(rows::delivery).collect()
+}
+
+impl SqliteStorage {
+    async fn with_deliveries(
+        &self,
+        tenant: &TenantId,
+        rows: &[SqliteRow],
+    ) -> StorageResult<Vec<Export>> {
+        let mut exports: Vec<Export> = rows
+            .iter()
+            .map(rows::export)
+            .collect::<StorageResult<_>>()?;
+        let ids: Vec<ExportId> = exports.iter().map(|export| export.id).collect();
+        let found = sqlx::query(concat!(
+            "select ",
+            delivery_columns!(),
+            " from export_deliveries
+             where tenant_id = $1 and export_id in (select value from json_each($2))
+             order by rowid"
+        ))
+        .bind(tenant.as_str())
+        .bind(set(&ids))
+        .fetch_all(&self.readers)
+        .await?;
+        rows::attach(&mut exports, deliveries(&found)?);
+        Ok(exports)
+    }
+
+    /// Whether anything is due: asked of a reader, so that an idle queue costs no write.
+    async fn is_due(&self, question: &'static str, now: DateTime<Utc>) -> StorageResult<bool> {
+        let due: Option<i64> = sqlx::query_scalar(question)
+            .bind(at(now))
+            .fetch_optional(&self.readers)
+            .await?;
+        Ok(due.is_some())
+    }
+}
+
+#[async_trait]
+impl ExportStore for SqliteStorage {
+    async fn create(&self, export: &NewExport) -> StorageResult<ExportId> {
+        let export = export.clone();
+        self.writer
+            .write(move |db| Box::pin(async move { create(db, &export).await }))
+            .await
+    }
+
+    async fn find(&self, tenant: &TenantId, id: ExportId) -> StorageResult<Option<Export>> {
+        let found = sqlx::query(concat!(
+            "select ",
+            export_columns!(),
+            " from exports where tenant_id = $1 and id = $2"
+        ))
+        .bind(tenant.as_str())
+        .bind(text(id.uuid()))
+        .fetch_all(&self.readers)
+        .await?;
+        Ok(self.with_deliveries(tenant, &found).await?.pop())
+    }
+
+    async fn list(
+        &self,
+        tenant: &TenantId,
+        before: Option<ExportId>,
+        limit: u32,
+    ) -> StorageResult<Vec<Export>> {
+        let found = sqlx::query(concat!(
+            "select ",
+            export_columns!(),
+            " from exports
+             where tenant_id = $1 and ($2 is null or id < $2)
+             order by id desc limit $3"
+        ))
+        .bind(tenant.as_str())
+        .bind(before.map(|id| text(id.uuid())))
+        .bind(limit)
+        .fetch_all(&self.readers)
+        .await?;
+        self.with_deliveries(tenant, &found).await
+    }
+
+    async fn claim_render(
+        &self,
+        worker: Uuid,
+        now: DateTime<Utc>,
+        until: DateTime<Utc>,
+    ) -> StorageResult<Option<Export>> {
+        let question = "select 1 from exports
+             where state in ('queued', 'running') and rendered_at is null and next_attempt_at <= $1
+               and (claimed_until is null or claimed_until <= $1)
+             limit 1";
+        if !self.is_due(question, now).await? {
+            return Ok(None);
+        }
+        let row = self
+            .writer
+            .write(move |db| {
+                Box::pin(async move {
+                    let row = sqlx::query(concat!(
+                        "update exports
+                         set state = 'running', claimed_by = $1, claimed_until = $3, attempt = attempt + 1,
+                             started_at = coalesce(started_at, $2), rows = 0
+                         where rowid = (select rowid from exports
+                                        where state in ('queued', 'running') and rendered_at is null
+                                          and next_attempt_at <= $2
+                                          and (claimed_until is null or claimed_until <= $2)
+                                        order by next_attempt_at limit 1)
+                         returning ", export_columns!()
+                    ))
+                    .bind(text(worker))
+                    .bind(at(now))
+                    .bind(at(until))
+                    .fetch_optional(db)
+                    .await?;
+                    row.as_ref().map(rows::export).transpose()
+                })
+            })
+            .await?;
+        match row {
+            Some(export) => self.find(&export.tenant_id, export.id).await,
+            None => Ok(None),
+        }
+    }
+
+    async fn progress(
+        &self,
+        export: &Export,
+        worker: Uuid,
+        rows: u64,
+        total: u64,
+        until: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        let (tenant, id) = (export.tenant_id.clone(), export.id);
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    let kept = sqlx::query(
+                        "update exports set rows = $4, total_rows = $5, claimed_until = $6
+                         where tenant_id = $1 and id = $2 and claimed_by = $3 and state = 'running'",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(text(worker))
+                    .bind(rows.cast_signed())
+                    .bind(total.cast_signed())
+                    .bind(at(until));
+                    Ok(changed(db, kept).await? == 1)
+                })
+            })
+            .await
+    }
+
+    async fn rendered(
+        &self,
+        export: &Export,
+        worker: Uuid,
+        file: &Rendered,
+    ) -> StorageResult<bool> {
+        let (tenant, id, file) = (export.tenant_id.clone(), export.id, file.clone());
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    let kept = sqlx::query(
+                        "update exports
+                         set rows = $4, total_rows = $4, bytes = $5, sha256 = $6, file_name = $7, rendered_at = $8,
+                             expires_at = $9, claimed_by = null, claimed_until = null, error = null,
+                             state = case when exists (select 1 from export_deliveries d
+                                                       where d.tenant_id = $1 and d.export_id = $2)
+                                          then 'running' else 'done' end,
+                             finished_at = case when exists (select 1 from export_deliveries d
+                                                             where d.tenant_id = $1 and d.export_id = $2)
+                                                then null else $8 end
+                         where tenant_id = $1 and id = $2 and claimed_by = $3 and state = 'running'",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(text(worker))
+                    .bind(file.rows.cast_signed())
+                    .bind(file.bytes.cast_signed())
+                    .bind(file.sha256)
+                    .bind(file.file_name)
+                    .bind(at(file.at))
+                    .bind(at(file.expires_at));
+                    if changed(&mut *db, kept).await? == 0 {
+                        return Ok(false);
+                    }
+                    sqlx::query(
+                        "update export_deliveries set next_attempt_at = $3
+                         where tenant_id = $1 and export_id = $2 and state = 'pending'",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(at(file.at))
+                    .execute(db)
+                    .await?;
+                    Ok(true)
+                })
+            })
+            .await
+    }
+
+    async fn render_failed(
+        &self,
+        export: &Export,
+        worker: Uuid,
+        error: &str,
+        next_attempt_at: Option<DateTime<Utc>>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        let (tenant, id, error) = (export.tenant_id.clone(), export.id, error.to_owned());
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    sqlx::query(
+                        "update exports
+                         set state = case when $5 is null then 'failed' else 'queued' end,
+                             finished_at = case when $5 is null then $6 end,
+                             next_attempt_at = coalesce($5, next_attempt_at),
+                             error = $4, claimed_by = null, claimed_until = null
+                         where tenant_id = $1 and id = $2 and claimed_by = $3 and state = 'running'",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(text(worker))
+                    .bind(error)
+                    .bind(next_attempt_at.map(at))
+                    .bind(at(now))
+                    .execute(db)
+                    .await?;
+                    Ok(())
+                })
+            })
+            .await
+    }
+
+    async fn claim_delivery(
+        &self,
+        worker: Uuid,
+        now: DateTime<Utc>,
+        until: DateTime<Utc>,
+    ) -> StorageResult<Option<ClaimedDelivery>> {
+        let question = "select 1 from export_deliveries
+             where state in ('pending', 'sending', 'deferred', 'uncertain') and next_attempt_at <= $1
+               and (claimed_until is null or claimed_until <= $1)
+             limit 1";
+        if !self.is_due(question, now).await? {
+            return Ok(None);
+        }
+        let claimed = self
+            .writer
+            .write(move |db| {
+                Box::pin(async move {
+                    let row = sqlx::query(concat!(
+                        "update export_deliveries
+                         set state = 'sending', claimed_by = $1, claimed_until = $3, attempt = attempt + 1
+                         where rowid = (select rowid from export_deliveries
+                                        where state in ('pending', 'sending', 'deferred', 'uncertain')
+                                          and next_attempt_at <= $2
+                                          and (claimed_until is null or claimed_until <= $2)
+                                        order by next_attempt_at limit 1)
+                         returning tenant_id, ", delivery_columns!()
+                    ))
+                    .bind(text(worker))
+                    .bind(at(now))
+                    .bind(at(until))
+                    .fetch_optional(db)
+                    .await?;
+                    row.map(|row| Ok((rows::tenant(&row)?, rows::delivery(&row)?))).transpose()
+                })
+            })
+            .await?;
+        let Some((tenant, (id, delivery))) = claimed else {
+            return Ok(None);
+        };
+        let export = self.find(&tenant, id).await?;
+        Ok(export.map(|export| ClaimedDelivery { export, delivery }))
+    }
+
+    async fn delivery_ended(
+        &self,
+        claimed: &ClaimedDelivery,
+        worker: Uuid,
+        outcome: &DeliveryOutcome,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        let (tenant, id) = (claimed.export.tenant_id.clone(), claimed.export.id);
+        let (recipient, outcome) = (claimed.delivery.to.clone(), outcome.clone());
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    let (state, next, sent_at, error) = outcome.columns();
+                    sqlx::query(
+                        "update export_deliveries
+                         set state = $5, next_attempt_at = $6, sent_at = $7, error = $8,
+                             claimed_by = null, claimed_until = null
+                         where tenant_id = $1 and export_id = $2 and recipient = $3 and claimed_by = $4",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(recipient)
+                    .bind(text(worker))
+                    .bind(state.as_str())
+                    .bind(next.map(at))
+                    .bind(sent_at.map(at))
+                    .bind(error)
+                    .execute(&mut *db)
+                    .await?;
+                    // Done with the first mail that went out; failed when all are dead.
+                    sqlx::query(
+                        "update exports
+                         set state = case when exists (select 1 from export_deliveries d
+                                                       where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
+                                          then 'done' else 'failed' end,
+                             finished_at = coalesce(finished_at, $3),
+                             error = case when exists (select 1 from export_deliveries d
+                                                       where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
+                                          then null else 'every mail was refused' end
+                         where tenant_id = $1 and id = $2 and state in ('running', 'failed')
+                           and (exists (select 1 from export_deliveries d
+                                        where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
+                                or not exists (select 1 from export_deliveries d
+                                               where d.tenant_id = $1 and d.export_id = $2 and d.state <> 'dead'))",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(at(now))
+                    .execute(db)
+                    .await?;
+                    Ok(())
+                })
+            })
+            .await
+    }
+
+    async fn release(&self, worker: Option<Uuid>) -> StorageResult<()> {
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    sqlx::query(
+                        "update exports
+                         set claimed_by = null, claimed_until = null, state = 'queued', attempt = max(attempt - 1, 0)
+                         where state = 'running' and rendered_at is null and claimed_by is not null
+                           and ($1 is null or claimed_by = $1)",
+                    )
+                    .bind(worker.map(text))
+                    .execute(&mut *db)
+                    .await?;
+                    // Whether the server had taken it is not known: it goes out again with its id.
+                    sqlx::query(
+                        "update export_deliveries
+                         set claimed_by = null, claimed_until = null, state = 'uncertain'
+                         where state = 'sending' and claimed_by is not null and ($1 is null or claimed_by = $1)",
+                    )
+                    .bind(worker.map(text))
+                    .execute(db)
+                    .await?;
+                    Ok(())
+                })
+            })
+            .await
+    }
+
+    async fn expire(&self, now: DateTime<Utc>, limit: u32) -> StorageResult<Vec<String>> {
+        let question =
+            "select 1 from exports where file_name is not null and expires_at <= $1 limit 1";
+        if !self.is_due(question, now).await? {
+            return Ok(Vec::new());
+        }
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    // returning gives the values after the change, hence the name beforehand
+                    let rows = sqlx::query(
+                        "select rowid, file_name from exports
+                         where file_name is not null and expires_at <= $1 order by expires_at limit $2",
+                    )
+                    .bind(at(now))
+                    .bind(limit)
+                    .fetch_all(&mut *db)
+                    .await?;
+                    let ids: Vec<i64> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
+                    let files = rows.iter().map(|row| row.try_get(1)).collect::<Result<_, _>>()?;
+                    sqlx::query(
+                        "update exports set state = 'expired', file_name = null
+                         where rowid in (select value from json_each($1))",
+                    )
+                    .bind(set(&ids))
+                    .execute(&mut *db)
+                    .await?;
+                    sqlx::query(
+                        "update export_deliveries set state = 'dead', error = 'the file had expired'
+                         where state in ('pending', 'deferred', 'uncertain') and exists (
+                             select 1 from exports e
+                             where e.tenant_id = export_deliveries.tenant_id and e.id = export_deliveries.export_id
+                               and e.rowid in (select value from json_each($1)))",
+                    )
+                    .bind(set(&ids))
+                    .execute(db)
+                    .await?;
+                    Ok(files)
+                })
+            })
+            .await
+    }
+
+    async fn rows(
+        &self,
+        export: &Export,
+        after: Option<Key>,
+        now: DateTime<Utc>,
+        limit: u32,
+    ) -> StorageResult<Slice> {
+        let request = &export.request;
+        let view = View::of(request.audience, now);
+        let filter = Filter {
+            since: request.since,
+            until: request.until,
+            ..Filter::default()
+        };
+        let (since, until) = bounds(&filter);
+        let page = after.map_or(Page::first(limit), |key| Page::after(limit, key));
+        let (key, _) = last_key(page);
+        // One lower bound for the index: `since` counts until the first key is beyond it.
+        let key = key.max((since, Uuid::nil()));
+        let found = sqlx::query(concat!(
+            "select ", event_columns!(), "
+             from timeline_events e
+             where e.tenant_id = $1 and e.contact_id = $2
+               and (e.occurred_at, e.id) > ($3, $4)
+               and e.occurred_at < $5
+               and ($6 = '[]' or e.category in (select value from json_each($6)))
+               and case $7 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
+               and (e.expires_at is null or e.expires_at > $8)
+               and e.seq <= $9
+             order by e.occurred_at, e.id
+             limit $10"
+        ))
+        .bind(export.tenant_id.as_str())
+        .bind(text(request.contact_id.uuid()))
+        .bind(at(key.0))
+        .bind(text(key.1))
+        .bind(at(until))
+        .bind(set(&request.categories))
+        .bind(view.audience.as_str())
+        .bind(at(now))
+        .bind(export.through_seq)
+        .bind(i64::from(limit) + 1)
+        .fetch_all(&self.readers)
+        .await?;
+        Ok(rows::slice(&found, limit))
+    }
+
+    async fn count_rows(&self, export: &Export, now: DateTime<Utc>) -> StorageResult<u64> {
+        let request = &export.request;
+        let filter = Filter {
+            since: request.since,
+            until: request.until,
+            ..Filter::default()
+        };
+        let (since, until) = bounds(&filter);
+        let count: i64 = sqlx::query_scalar(
+            "select count(*) from contact_events e
+             where e.tenant_id = $1 and e.contact_id = $2 and e.occurred_at >= $3 and e.occurred_at < $4
+               and ($5 = '[]' or e.category in (select value from json_each($5)))
+               and case $6 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
+               and (e.expires_at is null or e.expires_at > $7)
+               and e.seq <= $8",
+        )
+        .bind(export.tenant_id.as_str())
+        .bind(text(request.contact_id.uuid()))
+        .bind(at(since))
+        .bind(at(until))
+        .bind(set(&request.categories))
+        .bind(request.audience.as_str())
+        .bind(at(now))
+        .bind(export.through_seq)
+        .fetch_one(&self.readers)
+        .await?;
+        Ok(count.unsigned_abs())
+    }
+
+    async fn active_contacts(
+        &self,
+        tenant: &TenantId,
+        since: DateTime<Utc>,
+        category: Option<Category>,
+        after: Option<ContactId>,
+        limit: u32,
+    ) -> StorageResult<Vec<ContactId>> {
+        // A step per contact through the timeline's index.
+        let found = sqlx::query(
+            "with recursive contacts (contact_id) as (
+                 select min(contact_id) from contact_events where tenant_id = $1 and ($4 is null or contact_id > $4)
+                 union all
+                 select (select min(e.contact_id) from contact_events e
+                         where e.tenant_id = $1 and e.contact_id > c.contact_id)
+                 from contacts c where c.contact_id is not null)
+             select contact_id from contacts c
+             where contact_id is not null and exists (
+                 select 1 from contact_events e
+                 where e.tenant_id = $1 and e.contact_id = c.contact_id and e.occurred_at >= $2
+                   and ($3 is null or e.category = $3))
+             limit $5",
+        )
+        .bind(tenant.as_str())
+        .bind(at(since))
+        .bind(category.map(Category::as_str))
+        .bind(after.map(|contact| text(contact.uuid())))
+        .bind(limit)
+        .fetch_all(&self.readers)
+        .await?;
+        found.iter().map(rows::contact).collect()
+    }
+}
+
+async fn create(db: &mut SqliteConnection, export: &NewExport) -> StorageResult<ExportId> {
+    let request = &export.request;
+    let added = sqlx::query(
+        "insert into exports (tenant_id, id, contact_id, format, audience, since, until, categories, timezone,
+                              redact, attach, requested_by, request_key, created_at, through_seq, state, next_attempt_at)
+         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14,
+                 coalesce((select seq from sqlite_sequence where name = 'contact_events'), 0), 'queued', $14)
+         on conflict (tenant_id, request_key) do nothing",
+    )
+    .bind(export.tenant_id.as_str())
+    .bind(text(export.id.uuid()))
+    .bind(text(request.contact_id.uuid()))
+    .bind(&request.format)
+    .bind(request.audience.as_str())
+    .bind(request.since.map(at))
+    .bind(request.until.map(at))
+    .bind(set(&request.categories))
+    .bind(request.timezone.name())
+    .bind(set(&request.redact))
+    .bind(request.attach)
+    .bind(export.requested_by.as_str())
+    .bind(export.request_key.as_deref())
+    .bind(at(export.created_at));
+    if changed(&mut *db, added).await? == 0 {
+        let row = sqlx::query("select id from exports where tenant_id = $1 and request_key = $2")
+            .bind(export.tenant_id.as_str())
+            .bind(export.request_key.as_deref())
+            .fetch_one(db)
+            .await?;
+        return Ok(row
+            .uuid("id")?
+            .and_then(|id| ExportId::new(id).ok())
+            .unwrap_or(export.id));
+    }
+    let deliveries: Vec<_> = request.to.iter().zip(&export.message_ids).collect();
+    sqlx::query(
+        "insert into export_deliveries (tenant_id, export_id, recipient, message_id, state)
+         select $1, $2, value ->> 0, value ->> 1, 'pending' from json_each($3)",
+    )
+    .bind(export.tenant_id.as_str())
+    .bind(text(export.id.uuid()))
+    .bind(set(&deliveries))
+    .execute(db)
+    .await?;
+    Ok(export.id)
+}

@@ -1,0 +1,308 @@
+//! Group commit: whoever waits to write shares one transaction and hence one fsync.
+//!
+//! A single task owns the writing connection. It takes what has gathered, runs each request in a
+//! savepoint of its own, commits once, and only then answers. With one client every request pays an
+//! fsync; with 64, 64 of them share it.
+//!
+//! Checkpoints are made here, not by SQLite itself, which ignores the result of its automatic ones:
+//! a checkpoint whose fsync failed must stop the daemon like a commit's.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+use sqlx::{ConnectOptions, Connection};
+use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+
+use crate::storage::{StorageError, StorageResult};
+
+/// Requests that share a transaction at most: bounds the time that the first one waits.
+const BATCH: usize = 256;
+/// Requests that may wait; more wait for a place.
+const QUEUE: usize = 1024;
+/// The WAL is checkpointed each time that it has grown by so many bytes.
+const CHECKPOINT_BYTES: u64 = 4 * 1024 * 1024;
+
+/// A request that waits for its transaction.
+trait Request: Send {
+    /// Runs it within the transaction.
+    fn run<'c>(self: Box<Self>, connection: &'c mut SqliteConnection) -> BoxFuture<'c, Done>;
+    /// Answers without having run.
+    fn fail(self: Box<Self>, error: StorageError);
+}
+
+struct Pending<T, F> {
+    request: F,
+    answer: oneshot::Sender<StorageResult<T>>,
+}
+
+impl<T, F> Request for Pending<T, F>
+where
+    T: Send + 'static,
+    F: for<'c> FnOnce(&'c mut SqliteConnection) -> BoxFuture<'c, StorageResult<T>> + Send + 'static,
+{
+    fn run<'c>(self: Box<Self>, connection: &'c mut SqliteConnection) -> BoxFuture<'c, Done> {
+        Box::pin(async move {
+            let result = (self.request)(connection).await;
+            let error = result.as_ref().err().cloned();
+            let answer = self.answer;
+            let tell = move |failure: Option<StorageError>| {
+                // A caller that went away does not need the answer.
+                drop(answer.send(failure.map_or(result, Err)));
+            };
+            Done {
+                error,
+                answer: Box::new(tell),
+            }
+        })
+    }
+
+    fn fail(self: Box<Self>, error: StorageError) {
+        drop(self.answer.send(Err(error)));
+    }
+}
+
+/// A request that ran in its savepoint and waits for the commit.
+struct Done {
+    /// Why it is to be rolled back.
+    error: Option<StorageError>,
+    /// Tells the caller; `Some` says that the whole transaction failed.
+    answer: Box<dyn FnOnce(Option<StorageError>) + Send>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Writer {
+    requests: mpsc::Sender<Box<dyn Request>>,
+    failed: CancellationToken,
+    task: Arc<Mutex<Option<tokio::task::JoinHandle<()>>>>,
+    closing: CancellationToken,
+}
+
+impl Writer {
+    pub(super) async fn open(path: &Path, options: &SqliteConnectOptions) -> StorageResult<Self> {
+        let connection = options
+            .clone()
+            .pragma("wal_autocheckpoint", "0")
+            // The WAL shrinks to what it holds when it begins anew, so that its size says how much
+            // there is to checkpoint.
+            .pragma("journal_size_limit", "0")
+            .connect()
+            .await?;
+        let mut wal = path.as_os_str().to_owned();
+        wal.push("-wal");
+        let (requests, queue) = mpsc::channel(QUEUE);
+        let failed = CancellationToken::new();
+        let closing = CancellationToken::new();
+        let mut worker = Worker {
+            connection,
+            wal: PathBuf::from(wal),
+            checkpoint_at: CHECKPOINT_BYTES,
+            failed: failed.clone(),
+        };
+        let stop = closing.clone();
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the writer outlives every tracked task, since they write while they end; close() waits for it"
+        )]
+        let task = tokio::spawn(async move {
+            worker.serve(queue, stop).await;
+            worker.end().await;
+        });
+        Ok(Self {
+            requests,
+            failed,
+            task: Arc::new(Mutex::new(Some(task))),
+            closing,
+        })
+    }
+
+    pub(super) fn failed(&self) -> CancellationToken {
+        self.failed.clone()
+    }
+
+    /// Runs `request` in the next shared transaction; its result is durable when this returns.
+    pub(super) async fn write<T, F>(&self, request: F) -> StorageResult<T>
+    where
+        T: Send + 'static,
+        F: for<'c> FnOnce(&'c mut SqliteConnection) -> BoxFuture<'c, StorageResult<T>>
+            + Send
+            + 'static,
+    {
+        if self.failed.is_cancelled() {
+            return Err(StorageError::Closed);
+        }
+        let (answer, receiver) = oneshot::channel();
+        let queued = self
+            .requests
+            .send(Box::new(Pending { request, answer }))
+            .await;
+        queued.map_err(|_closed| StorageError::Closed)?;
+        receiver.await.map_err(|_dropped| StorageError::Closed)?
+    }
+
+    /// Ends after what has been asked for is committed.
+    pub(super) async fn close(&self) {
+        self.closing.cancel();
+        if let Some(task) = self.task.lock().await.take() {
+            if let Err(error) = task.await {
+                tracing::error!(%error, "the database writer ended abnormally");
+            }
+        }
+    }
+}
+
+struct Worker {
+    connection: SqliteConnection,
+    wal: PathBuf,
+    checkpoint_at: u64,
+    failed: CancellationToken,
+}
+
+impl Worker {
+    async fn serve(
+        &mut self,
+        mut queue: mpsc::Receiver<Box<dyn Request>>,
+        closing: CancellationToken,
+    ) {
+        let mut batch = Vec::with_capacity(BATCH);
+        loop {
+            tokio::select! {
+                biased;
+                received = queue.recv_many(&mut batch, BATCH) => if received == 0 { return },
+                // Biased: what was queued before the close is served first.
+                () = closing.cancelled() => return,
+            }
+            let (done, result) = self.transact(&mut batch).await;
+            let failure = result.err();
+            for done in done {
+                (done.answer)(failure.clone());
+            }
+            if let Some(error @ StorageError::Durability(_)) = &failure {
+                return self.fail(error);
+            }
+            if let Err(error) = self.checkpoint_if_grown().await {
+                match error {
+                    StorageError::Durability(_) => return self.fail(&error),
+                    other => {
+                        tracing::warn!(error = %chain(&other), "could not checkpoint the database")
+                    }
+                }
+            }
+        }
+    }
+
+    /// Runs a batch in one transaction. On an error everything in it is rolled back.
+    async fn transact(
+        &mut self,
+        batch: &mut Vec<Box<dyn Request>>,
+    ) -> (Vec<Done>, StorageResult<()>) {
+        let mut done = Vec::with_capacity(batch.len());
+        let result = self.try_transact(batch, &mut done).await;
+        if let Err(error) = &result {
+            // Fails where SQLite has rolled back by itself, as it does when the disk is full.
+            if let Err(rollback) = sqlx::query("rollback").execute(&mut self.connection).await {
+                tracing::debug!(error = %rollback, "nothing was left to roll back");
+            }
+            for request in batch.drain(..) {
+                request.fail(error.clone());
+            }
+        }
+        (done, result)
+    }
+
+    async fn try_transact(
+        &mut self,
+        batch: &mut Vec<Box<dyn Request>>,
+        done: &mut Vec<Done>,
+    ) -> StorageResult<()> {
+        sqlx::query("begin immediate")
+            .execute(&mut self.connection)
+            .await?;
+        let alone = batch.len() == 1;
+        batch.reverse();
+        while let Some(request) = batch.pop() {
+            if !alone {
+                sqlx::query("savepoint request")
+                    .execute(&mut self.connection)
+                    .await?;
+            }
+            let step = request.run(&mut self.connection).await;
+            let error = step.error.clone();
+            done.push(step);
+            match error {
+                None if alone => {}
+                None => {
+                    sqlx::query("release request")
+                        .execute(&mut self.connection)
+                        .await?;
+                }
+                // The disk or the file failed: SQLite may have ended the transaction by itself, and
+                // the requests behind would run outside of one.
+                Some(
+                    error @ (StorageError::Full(_)
+                    | StorageError::Unavailable(_)
+                    | StorageError::Durability(_)),
+                ) => return Err(error),
+                Some(error) if alone => return Err(error),
+                Some(_) => {
+                    sqlx::query("rollback to request")
+                        .execute(&mut self.connection)
+                        .await?;
+                    sqlx::query("release request")
+                        .execute(&mut self.connection)
+                        .await?;
+                }
+            }
+        }
+        sqlx::query("commit").execute(&mut self.connection).await?;
+        Ok(())
+    }
+
+    async fn checkpoint_if_grown(&mut self) -> StorageResult<()> {
+        let size = std::fs::metadata(&self.wal).map_or(0, |wal| wal.len());
+        if size < self.checkpoint_at {
+            if size < CHECKPOINT_BYTES {
+                self.checkpoint_at = CHECKPOINT_BYTES;
+            }
+            return Ok(());
+        }
+        // A reader may keep the WAL from beginning anew: then the next try comes when it has grown
+        // by as much again, not at every commit.
+        self.checkpoint_at = size + CHECKPOINT_BYTES;
+        sqlx::query("pragma wal_checkpoint(passive)")
+            .execute(&mut self.connection)
+            .await?;
+        Ok(())
+    }
+
+    fn fail(&self, error: &StorageError) {
+        tracing::error!(
+            error = %chain(error),
+            "an fsync failed: what was acknowledged before is safe, nothing more can be; stopping"
+        );
+        self.failed.cancel();
+    }
+
+    async fn end(mut self) {
+        if self.failed.is_cancelled() {
+            // No further fsync: closing would checkpoint.
+            std::mem::forget(self.connection);
+            return;
+        }
+        if let Err(error) = sqlx::query("pragma wal_checkpoint(passive)")
+            .execute(&mut self.connection)
+            .await
+        {
+            tracing::warn!(%error, "could not checkpoint the database at its close");
+        }
+        if let Err(error) = self.connection.close().await {
+            tracing::warn!(%error, "could not close the database");
+        }
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    crate::telemetry::chain(error)
+}
