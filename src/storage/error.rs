@@ -62,7 +62,7 @@ impl From<sqlx::Error> for StorageError {
     fn from(error: sqlx::Error) -> Self {
         let code = error
             .as_database_error()
-            .and_then(|e| e.code().map(|c| c.into_owned()));
+            .and_then(|e| e.code().map(std::borrow::Cow::into_owned));
         let is_postgres = error.as_database_error().is_some_and(|e| {
             e.try_downcast_ref::<sqlx::postgres::PgDatabaseError>()
                 .is_some()

@@ -257,6 +257,13 @@ pub trait EventRepository: Send + Sync + 'static {
         id: EventId,
     ) -> StorageResult<Option<ContactEvent>>;
 
+    /// Those of `ids` that the tenant has, whoever may see them, in no order.
+    async fn find_by_ids(
+        &self,
+        tenant: &TenantId,
+        ids: &[EventId],
+    ) -> StorageResult<Vec<ContactEvent>>;
+
     /// A contact's timeline, newest first, everything in it.
     async fn find_by_contact(
         &self,

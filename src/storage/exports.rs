@@ -203,16 +203,17 @@ pub enum DeliveryOutcome {
     },
 }
 
+/// State, next attempt, sent at, error.
+pub(super) type OutcomeColumns = (
+    DeliveryState,
+    Option<DateTime<Utc>>,
+    Option<DateTime<Utc>>,
+    Option<String>,
+);
+
 impl DeliveryOutcome {
     /// The columns it sets: state, next attempt, sent at, error.
-    pub(super) fn columns(
-        self,
-    ) -> (
-        DeliveryState,
-        Option<DateTime<Utc>>,
-        Option<DateTime<Utc>>,
-        Option<String>,
-    ) {
+    pub(super) fn columns(self) -> OutcomeColumns {
         match self {
             Self::Sent { at } => (DeliveryState::Sent, None, Some(at), None),
             Self::Again {

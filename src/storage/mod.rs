@@ -9,7 +9,7 @@ mod events;
 mod exports;
 mod ledger;
 mod migrations;
-//pub mod postgres;
+pub mod postgres;
 mod rows;
 pub mod sqlite;
 

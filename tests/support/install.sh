@@ -97,7 +97,7 @@ forbid_service_starts() {
 forbid_cluster() {
     # Laid before postgresql-common is unpacked: its server packages read it when configured.
     if [[ -e $createcluster ]]; then
-        grep -Eq '^[[:space:]]*create_main_cluster[[:space:]]*=[[:space:]]*false' "$createcluster" && return
+        grep -Eq '^\s*create_main_cluster\s*=\s*false' "$createcluster" && return
         as_root cp -p "$createcluster" "$kept/createcluster.conf"
         printf '\ncreate_main_cluster = false\n' | as_root tee -a "$createcluster" >/dev/null
     else
@@ -113,7 +113,7 @@ forbid_cluster() {
 install_packages() {
     has apt-get || die "missing: $*; this is not Debian, so install their equivalents yourself"
     [[ $EUID -eq 0 ]] || has sudo ||
-        die "missing: $*; run this as root, or install sudo (apt-get install --no-install-recommends $*)"
+        die "missing: $*; run this as root, or install sudo"
     say "installing $*"
     kept=$(mktemp -d)
     trap put_back EXIT

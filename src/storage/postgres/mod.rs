@@ -1,0 +1,2 @@
+//! stub
+pub use super::sqlite::SqliteStorage as PgStorage;

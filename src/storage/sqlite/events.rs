@@ -89,6 +89,24 @@ impl EventRepository for SqliteStorage {
         Ok(row.and_then(|row| rows::events(&[row]).pop()))
     }
 
+    async fn find_by_ids(
+        &self,
+        tenant: &TenantId,
+        ids: &[EventId],
+    ) -> StorageResult<Vec<ContactEvent>> {
+        let rows = sqlx::query(concat!(
+            "select ",
+            event_columns!(),
+            " from timeline_events e
+             where e.tenant_id = $1 and e.id in (select value from json_each($2))"
+        ))
+        .bind(tenant.as_str())
+        .bind(set(ids))
+        .fetch_all(&self.readers)
+        .await?;
+        Ok(rows::events(&rows))
+    }
+
     async fn find_by_contact_visible_to(
         &self,
         tenant: &TenantId,

@@ -1,0 +1,374 @@
+//! The routes of exports: ask for one, see how it is, take the file. They only add rows and wake
+//! the worker.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use axum::Json as JsonBody;
+use axum::Router;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use chrono::{DateTime, Utc};
+use serde_json::{Map, Value, json};
+use tokio::sync::Notify;
+
+use super::extract::{Id, Json, Params, STAFF, reader};
+use super::problem::Problem;
+use crate::access::{Identity, Role};
+use crate::domain::{Audience, Category, Clock, ContactId, ExportId, Fault, format_time, micros};
+use crate::export::{Format, REDACTABLE, message_ids};
+use crate::storage::{Export, ExportRequest, ExportState, ExportStore, NewExport};
+
+/// Recipients of one export.
+const MAX_RECIPIENTS: usize = 50;
+
+/// What the routes need.
+#[derive(Clone)]
+pub struct ExportsApi {
+    /// The queue.
+    pub exports: Arc<dyn ExportStore>,
+    /// Where the files lie.
+    pub directory: PathBuf,
+    /// This machine's clock.
+    pub clock: Arc<dyn Clock>,
+    /// Wakes the worker.
+    pub wake: Arc<Notify>,
+}
+
+pub(super) fn routes(api: ExportsApi) -> Router {
+    Router::new()
+        .route("/contacts/{contact_id}/exports", post(create))
+        .route("/exports", get(list))
+        .route("/exports/{id}", get(one))
+        .route("/exports/{id}/file", get(file))
+        .with_state(api)
+}
+
+async fn create(
+    State(api): State<ExportsApi>,
+    identity: Identity,
+    Id(contact_id): Id<ContactId>,
+    params: Params,
+    Json(body): Json,
+) -> Result<Response, Problem> {
+    let role = identity.role();
+    let reader = reader(identity, STAFF)?;
+    params.finish()?;
+    let request = parse(&body, contact_id, role).map_err(Problem::invalid)?;
+    let now = api.clock.now();
+    let id = ExportId::generate(now);
+    let export = NewExport {
+        id,
+        tenant_id: reader.tenant,
+        message_ids: message_ids(id, request.to.len()),
+        request,
+        requested_by: reader.subject,
+        request_key: None,
+        created_at: now,
+    };
+    let id = api.exports.create(&export).await?;
+    api.wake.notify_one();
+    let body = json!({ "id": id, "state": ExportState::Queued, "href": href(id) });
+    Ok((StatusCode::ACCEPTED, JsonBody(body)).into_response())
+}
+
+fn href(id: ExportId) -> String {
+    format!("/api/v1/exports/{id}")
+}
+
+/// Reads the body of an export; every fault at once.
+fn parse(body: &Value, contact_id: ContactId, role: Role) -> Result<ExportRequest, Vec<Fault>> {
+    let Value::Object(body) = body else {
+        return Err(vec![fault("", "must be a JSON object")]);
+    };
+    let mut fields = Fields {
+        body,
+        known: Vec::new(),
+        faults: Vec::new(),
+    };
+    let format: Option<Format> = fields.parsed("format");
+    if format.is_none() && !body.contains_key("format") {
+        fields.faults.push(fault("/format", "is required"));
+    }
+    let audience = fields.parsed("audience").unwrap_or(Audience::Client);
+    if audience == Audience::Audit && role != Role::Service {
+        fields
+            .faults
+            .push(fault("/audience", "audit is for the role service"));
+    }
+    let (since, until) = (fields.time("since"), fields.time("until"));
+    if since
+        .zip(until)
+        .is_some_and(|(since, until)| since >= until)
+    {
+        fields
+            .faults
+            .push(fault("/until", "must be later than since"));
+    }
+    let categories: Vec<Category> = fields.all_parsed("categories");
+    let timezone = fields.parsed("timezone").unwrap_or(chrono_tz::UTC);
+    fields.locale();
+    let redact: Vec<String> = fields.all_parsed("redact");
+    for (index, field) in redact.iter().enumerate() {
+        if !REDACTABLE.contains(&field.as_str()) {
+            let detail = format!("cannot be redacted; allowed: {}", REDACTABLE.join(" "));
+            fields
+                .faults
+                .push(fault(&format!("/redact/{index}"), &detail));
+        }
+    }
+    let mut to: Vec<String> = Vec::new();
+    for address in fields.all_parsed::<lettre::Address>("to") {
+        let address = address.to_string();
+        // One message per recipient, however often it is named.
+        if !to.iter().any(|known| known.eq_ignore_ascii_case(&address)) {
+            to.push(address);
+        }
+    }
+    if to.len() > MAX_RECIPIENTS {
+        fields.faults.push(fault(
+            "/to",
+            &format!("names more than {MAX_RECIPIENTS} recipients"),
+        ));
+    }
+    let attach = fields.flag("attach").unwrap_or(true);
+    fields.refuse_unknown();
+    match format {
+        Some(format) if fields.faults.is_empty() => Ok(ExportRequest {
+            contact_id,
+            format: format.to_string(),
+            audience,
+            since,
+            until,
+            categories,
+            timezone,
+            redact,
+            to,
+            attach,
+        }),
+        _ => Err(fields.faults),
+    }
+}
+
+fn fault(pointer: &str, detail: &str) -> Fault {
+    Fault {
+        pointer: pointer.to_owned(),
+        detail: detail.to_owned(),
+    }
+}
+
+struct Fields<'a> {
+    body: &'a Map<String, Value>,
+    known: Vec<&'static str>,
+    faults: Vec<Fault>,
+}
+
+impl Fields<'_> {
+    fn value(&mut self, field: &'static str) -> Option<&Value> {
+        self.known.push(field);
+        self.body.get(field).filter(|value| !value.is_null())
+    }
+
+    fn wrong(&mut self, field: &str, detail: &str) {
+        self.faults.push(fault(&format!("/{field}"), detail));
+    }
+
+    fn parsed<T: FromStr<Err: std::fmt::Display>>(&mut self, field: &'static str) -> Option<T> {
+        let parsed = match self.value(field)? {
+            Value::String(text) => text.parse::<T>().map_err(|error| error.to_string()),
+            _ => Err("must be a text".to_owned()),
+        };
+        parsed.map_err(|detail| self.wrong(field, &detail)).ok()
+    }
+
+    fn all_parsed<T: FromStr<Err: std::fmt::Display>>(&mut self, field: &'static str) -> Vec<T> {
+        let items = match self.value(field) {
+            None => return Vec::new(),
+            Some(Value::Array(items)) => items.clone(),
+            Some(_) => {
+                self.wrong(field, "must be an array of texts");
+                return Vec::new();
+            }
+        };
+        let mut parsed = Vec::with_capacity(items.len());
+        for (index, item) in items.iter().enumerate() {
+            match item.as_str().map(str::parse::<T>) {
+                Some(Ok(value)) => parsed.push(value),
+                Some(Err(error)) => self.wrong(&format!("{field}/{index}"), &error.to_string()),
+                None => self.wrong(&format!("{field}/{index}"), "must be a text"),
+            }
+        }
+        parsed
+    }
+
+    fn time(&mut self, field: &'static str) -> Option<DateTime<Utc>> {
+        let text: String = self.parsed(field)?;
+        match DateTime::parse_from_rfc3339(&text) {
+            Ok(time) => Some(micros(time.to_utc())),
+            Err(_not_rfc3339) => {
+                self.wrong(
+                    field,
+                    "must be a time of RFC 3339 such as 2026-01-31T12:00:00Z",
+                );
+                None
+            }
+        }
+    }
+
+    fn flag(&mut self, field: &'static str) -> Option<bool> {
+        let flag = self.value(field)?.as_bool();
+        if flag.is_none() {
+            self.wrong(field, "must be true or false");
+        }
+        flag
+    }
+
+    /// The language of the mail: English is the only one so far.
+    fn locale(&mut self) {
+        let locale: Option<String> = self.parsed("locale");
+        if locale.is_some_and(|locale| locale != "en") {
+            self.wrong("locale", "is not known; allowed: en");
+        }
+    }
+
+    fn refuse_unknown(&mut self) {
+        let unknown: Vec<&String> = self
+            .body
+            .keys()
+            .filter(|field| !self.known.contains(&field.as_str()))
+            .collect();
+        for field in unknown {
+            let token = field.replace('~', "~0").replace('/', "~1");
+            self.faults
+                .push(fault(&format!("/{token}"), "is not a field of an export"));
+        }
+    }
+}
+
+async fn list(
+    State(api): State<ExportsApi>,
+    identity: Identity,
+    mut params: Params,
+) -> Result<Response, Problem> {
+    let role = identity.role();
+    let reader = reader(identity, STAFF)?;
+    let limit = params.number("limit", 1..=200)?.unwrap_or(50);
+    let before: Option<ExportId> = params.get("cursor")?;
+    params.finish()?;
+    let mut exports = api.exports.list(&reader.tenant, before, limit + 1).await?;
+    let has_more = exports.len() > limit as usize;
+    exports.truncate(limit as usize);
+    let next_cursor = exports.last().filter(|_| has_more).map(|export| export.id);
+    let exports: Vec<Value> = exports
+        .iter()
+        .filter(|export| may_see(role, export))
+        .map(show)
+        .collect();
+    Ok(JsonBody(json!({ "exports": exports, "next_cursor": next_cursor })).into_response())
+}
+
+/// An export for audit shows what agents may not see.
+fn may_see(role: Role, export: &Export) -> bool {
+    role == Role::Service || export.request.audience != Audience::Audit
+}
+
+async fn find(api: &ExportsApi, identity: Identity, id: ExportId) -> Result<Export, Problem> {
+    let role = identity.role();
+    let reader = reader(identity, STAFF)?;
+    let export = api.exports.find(&reader.tenant, id).await?;
+    export
+        .filter(|export| may_see(role, export))
+        .ok_or_else(|| Problem::not_found("there is no such export"))
+}
+
+async fn one(
+    State(api): State<ExportsApi>,
+    identity: Identity,
+    Id(id): Id<ExportId>,
+    params: Params,
+) -> Result<Response, Problem> {
+    params.finish()?;
+    Ok(JsonBody(show(&find(&api, identity, id).await?)).into_response())
+}
+
+/// An export as clients see it.
+fn show(export: &Export) -> Value {
+    let time = |at: Option<DateTime<Utc>>| at.map(format_time);
+    let request = &export.request;
+    json!({
+        "id": export.id,
+        "state": export.state,
+        "href": href(export.id),
+        "contact_id": request.contact_id,
+        "format": request.format,
+        "audience": request.audience,
+        "since": time(request.since),
+        "until": time(request.until),
+        "categories": request.categories,
+        "timezone": request.timezone.name(),
+        "redact": request.redact,
+        "attach": request.attach,
+        "requested_by": export.requested_by,
+        "created_at": format_time(export.created_at),
+        "started_at": time(export.started_at),
+        "rendered_at": time(export.rendered_at),
+        "finished_at": time(export.finished_at),
+        "expires_at": time(export.expires_at),
+        "attempts": export.attempt,
+        "progress": { "rows": export.rows, "total": export.total_rows },
+        "rows": export.rendered_at.map(|_| export.rows),
+        "bytes": export.bytes,
+        "sha256": export.sha256,
+        "file": export.file_name.as_ref().map(|_| format!("{}/file", href(export.id))),
+        "error": export.error,
+        "deliveries": export.deliveries,
+    })
+}
+
+async fn file(
+    State(api): State<ExportsApi>,
+    identity: Identity,
+    Id(id): Id<ExportId>,
+    params: Params,
+) -> Result<Response, Problem> {
+    params.finish()?;
+    let export = find(&api, identity, id).await?;
+    let Some(name) = &export.file_name else {
+        return Err(match export.state {
+            ExportState::Expired => Problem::gone("the file has expired and was deleted"),
+            state => Problem::conflict(
+                "not-rendered",
+                "Not rendered",
+                format!("there is no file so far: the export is {state}"),
+            ),
+        });
+    };
+    let path = api.directory.join(name);
+    let file = tokio::fs::File::open(&path).await.map_err(|error| {
+        tracing::error!(export.id = %id, %error, "the file of an export cannot be opened");
+        Problem::internal()
+    })?;
+    let format =
+        Format::from_str(&export.request.format).map_err(|_unknown| Problem::internal())?;
+    let headers = [
+        (header::CONTENT_TYPE, format.media_type().to_owned()),
+        (
+            header::CONTENT_DISPOSITION,
+            format!("attachment; filename=\"timeline-{id}.{format}\""),
+        ),
+        (
+            header::CONTENT_LENGTH,
+            export.bytes.unwrap_or(0).to_string(),
+        ),
+        (header::CACHE_CONTROL, "private, no-store".to_owned()),
+    ];
+    Ok((
+        headers,
+        Body::from_stream(tokio_util::io::ReaderStream::new(file)),
+    )
+        .into_response())
+}

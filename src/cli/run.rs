@@ -1,0 +1,25 @@
+//! `timelined run`: the daemon.
+
+use super::{Done, Failure, Global, clock, load, out};
+use crate::daemon::Daemon;
+use crate::lifecycle::{Ended, Signals, serve};
+use crate::telemetry::start_logs;
+
+pub(super) async fn run(global: &Global) -> Done {
+    let loaded = load(global)?;
+    let signals = Signals::new()?;
+    start_logs(&loaded.config.log);
+    tracing::info!(config = %loaded.file, "timelined {}", env!("CARGO_PKG_VERSION"));
+    let state = loaded.config.state_directory.clone();
+    let daemon = Daemon::start(loaded.config, clock()).await?;
+    // Three lines for whoever types `cargo run`; a service's journal shows them too.
+    out(&format!("listening on  http://{}", daemon.address()))?;
+    out(&format!("state is in   {}", state.display()))?;
+    out("get a token   timelined token --tenant acme --role service")?;
+    match serve(daemon, signals).await {
+        Ended::Stopped => Ok(()),
+        Ended::Failed => Err(Failure::Other(anyhow::anyhow!(
+            "stopped because the database could not be made durable; see the log"
+        ))),
+    }
+}

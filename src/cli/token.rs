@@ -1,0 +1,96 @@
+//! `timelined token`: makes a token with the daemon's own key.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::TimeDelta;
+use clap::Args;
+use serde_json::json;
+
+use super::{Done, Failure, Global, clock, load, print};
+use crate::access::{Role, Scope};
+use crate::config::{DatabaseUrl, Verifier};
+use crate::daemon::{access, make_private_directory};
+use crate::domain::{ContactId, Subject, TenantId, format_time};
+
+#[derive(Debug, Args)]
+pub(super) struct Options {
+    /// The tenant; every role but operator needs one.
+    #[arg(long)]
+    tenant: Option<TenantId>,
+    /// What the bearer is: client, agent, service or operator.
+    #[arg(long)]
+    role: Role,
+    /// Who the bearer is [default: the role].
+    #[arg(long, alias = "sub")]
+    subject: Option<Subject>,
+    /// A contact that a client is; may be repeated.
+    #[arg(
+        long = "contact",
+        alias = "contacts",
+        value_name = "CONTACT",
+        value_delimiter = ','
+    )]
+    contacts: Vec<ContactId>,
+    /// How long it is valid, such as 15m, 12h or 30d.
+    #[arg(long, alias = "expires-in", default_value = "1h", value_parser = humantime::parse_duration)]
+    ttl: Duration,
+}
+
+pub(super) fn run(global: &Global, options: &Options) -> Done {
+    let config = load(global)?.config;
+    let scope = scope(options)?;
+    if let (Verifier::Hs256(None), DatabaseUrl::Sqlite(_)) =
+        (&config.auth.verifier, &config.database.url)
+    {
+        // The key may be about to be made: beside the database, by its owner.
+        super::check_owner(&config.state_directory.join("hs256.key"))?;
+        make_private_directory(&config.state_directory)?;
+    }
+    let access = access(&config)?;
+    let default = || Subject::new(options.role.as_str()).expect("a role is a short text");
+    let subject = options.subject.clone().unwrap_or_else(default);
+    let now = clock().now();
+    let token = access
+        .issue(&subject, &scope, options.ttl, now)
+        .map_err(anyhow::Error::from)?;
+    let lifetime = TimeDelta::from_std(options.ttl).unwrap_or(TimeDelta::MAX);
+    let expires_at = now.checked_add_signed(lifetime).map(format_time);
+    print(
+        global,
+        &json!({ "token": token, "expires_at": expires_at }),
+        || token.clone(),
+    )
+}
+
+fn scope(options: &Options) -> Result<Scope, Failure> {
+    let usage = |text: &str| Failure::Usage(text.to_owned());
+    let tenant = || {
+        options
+            .tenant
+            .clone()
+            .ok_or_else(|| usage("--tenant is required for this role"))
+    };
+    if options.role != Role::Client && !options.contacts.is_empty() {
+        return Err(usage("--contact is for --role client"));
+    }
+    match options.role {
+        Role::Client if options.contacts.is_empty() => Err(usage(
+            "--role client needs --contact: the contacts that the client is",
+        )),
+        Role::Client => {
+            let contacts: HashSet<ContactId> = options.contacts.iter().copied().collect();
+            Ok(Scope::Client {
+                tenant: tenant()?,
+                contacts: Arc::new(contacts),
+            })
+        }
+        Role::Agent => Ok(Scope::Agent { tenant: tenant()? }),
+        Role::Service => Ok(Scope::Service { tenant: tenant()? }),
+        Role::Operator if options.tenant.is_some() => Err(usage(
+            "an operator belongs to no tenant; leave --tenant out",
+        )),
+        Role::Operator => Ok(Scope::Operator),
+    }
+}

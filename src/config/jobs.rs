@@ -1,0 +1,423 @@
+//! `[[jobs]]`: what runs when, and what each kind of job wants to know.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use chrono_tz::Tz;
+use lettre::Address;
+
+use super::error::{Problem, nearest};
+use super::reader::Section;
+use super::rules::{Rule, choice, duration, flag, list, named, number, parsed, short, text};
+use crate::domain::{Audience, Category, ContactId, TenantId};
+use crate::jobs::retry::RetryPolicy;
+use crate::jobs::schedule::{LONGEST_INTERVAL, SHORTEST_INTERVAL, Schedule};
+
+/// The jobs of an installation whose file defines none.
+pub(super) const BUILT_IN: &str = r#"
+[[jobs]]
+name = "realtime-delivery"
+kind = "realtime_delivery"
+every = "1s"
+
+[[jobs]]
+name = "purge-expired"
+kind = "purge_expired"
+cron = "0 30 3 * * *"
+"#;
+
+const KINDS: [(&str, Kind); 3] = [
+    ("realtime_delivery", Kind::RealtimeDelivery),
+    ("purge_expired", Kind::PurgeExpired),
+    ("timeline_export", Kind::TimelineExport),
+];
+
+const CATEGORIES: &[&str] = &[
+    "general",
+    "status",
+    "pipeline",
+    "assignment",
+    "tag",
+    "note",
+    "session",
+    "custom_field",
+    "system",
+    "notification",
+    "tracking",
+];
+
+const DAY: Duration = Duration::from_hours(24);
+
+/// A hundred years: more than any retention law asks for, and far from what overflows a date.
+const LONGEST_PERIOD: Duration = Duration::from_hours(24 * 36_500);
+
+/// One job as an operator defined it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobDefinition {
+    /// Its identity for ever: runs and pauses are kept under it.
+    pub name: String,
+    /// When it is due.
+    pub schedule: Schedule,
+    /// Whether its schedule is followed; a disabled job can still be run by hand.
+    pub enabled: bool,
+    /// After how long a run is stopped.
+    pub timeout: Duration,
+    /// What becomes of a time that comes while a run is still going.
+    pub overlap: Overlap,
+    /// How a run that failed is tried again.
+    pub retry: RetryPolicy,
+    /// What it does.
+    pub kind: JobKind,
+}
+
+/// What becomes of a time that comes while a run is still going.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Overlap {
+    /// It is skipped, with a row that says so.
+    Skip,
+    /// It runs afterwards; at most one waits.
+    Queue,
+}
+
+/// What a job does, with the keys of its kind.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum JobKind {
+    /// Sends realtime events to whoever watches.
+    RealtimeDelivery {
+        /// How many events one statement handles.
+        batch: u32,
+    },
+    /// Deletes what expired long enough ago.
+    PurgeExpired {
+        /// How long ago.
+        older_than: Duration,
+        /// Count only, delete nothing.
+        dry_run: bool,
+    },
+    /// Mails timelines. Boxed: the others are a twentieth of its size.
+    TimelineExport(Box<ExportJob>),
+}
+
+/// What a scheduled export sends to whom.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportJob {
+    /// Whose timelines.
+    pub tenant: TenantId,
+    /// Which of its contacts.
+    pub selection: Selection,
+    /// Whose eyes the timeline is for.
+    pub audience: Audience,
+    /// The kind of file.
+    pub format: ExportFormat,
+    /// Who gets it; never empty.
+    pub to: Vec<Address>,
+    /// How far back it reaches from the scheduled time.
+    pub period: Duration,
+    /// Whether the file is attached; else a link is sent.
+    pub attach: bool,
+}
+
+/// Which contacts a scheduled export takes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Selection {
+    /// These; never empty.
+    Contacts(Vec<ContactId>),
+    /// Those with an event within this time before the run.
+    Active {
+        /// How long ago an event may be.
+        since: Duration,
+        /// Counts only events of this category.
+        category: Option<Category>,
+    },
+}
+
+/// The kind of file that an export makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExportFormat {
+    /// RFC 4180.
+    Csv,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    RealtimeDelivery,
+    PurgeExpired,
+    TimelineExport,
+}
+
+impl JobKind {
+    /// The kind as the configuration, the API and the logs call it.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::RealtimeDelivery { .. } => "realtime_delivery",
+            Self::PurgeExpired { .. } => "purge_expired",
+            Self::TimelineExport(_) => "timeline_export",
+        }
+    }
+}
+
+/// Reads all jobs; those with errors, which have been noted, are left out.
+pub(super) fn read(root: &mut Section<'_>) -> Vec<JobDefinition> {
+    let mut names: Vec<String> = Vec::new();
+    let mut delivery: Option<String> = None;
+    let jobs = root.each("jobs", |section| {
+        let name = section.take_required("name", &job_name());
+        if let Some(name) = &name {
+            if names.contains(name) {
+                section.fail(
+                    "name",
+                    Problem::new(format!("{name:?} is the name of another job")),
+                );
+            }
+            names.push(name.clone());
+        }
+        let job = JobDefinition::read(section, name);
+        if let Some(job) = job
+            .as_ref()
+            .filter(|job| job.enabled && job.kind.is_delivery())
+        {
+            if let Some(first) = &delivery {
+                let problem = Problem::new(format!(
+                    "{first:?} is an enabled realtime_delivery job already"
+                ));
+                section.fail(
+                    "kind",
+                    problem.allowed("at most one is; a second would deliver nothing more"),
+                );
+            } else {
+                delivery = Some(job.name.clone());
+            }
+        }
+        job
+    });
+    jobs.into_iter().flatten().collect()
+}
+
+fn job_name() -> Rule<String> {
+    text("1 to 64 of a-z, 0-9 and -", |name| {
+        let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        if (1..=64).contains(&name.len()) && name.chars().all(fits) {
+            return Ok(name.to_owned());
+        }
+        let meant: String = name
+            .to_lowercase()
+            .chars()
+            .map(|c| if fits(c) { c } else { '-' })
+            .collect();
+        let meant = Some(meant).filter(|meant| (1..=64).contains(&meant.len()));
+        Err(Problem::new(format!("{name:?} is not a name of a job")).suggest(meant))
+    })
+}
+
+impl JobDefinition {
+    fn read(section: &mut Section<'_>, name: Option<String>) -> Option<Self> {
+        let kind = section.take_required("kind", &choice(&KINDS));
+        let schedule = read_schedule(section);
+        let enabled = section.take("enabled", true, &flag());
+        let default_timeout = match kind {
+            Some(Kind::RealtimeDelivery) | None => "30s",
+            Some(Kind::PurgeExpired | Kind::TimelineExport) => "1h",
+        };
+        let timeout = section.take(
+            "timeout",
+            default_timeout,
+            &duration(SHORTEST_INTERVAL..=DAY * 7),
+        );
+        let overlap = section.take(
+            "overlap",
+            "skip",
+            &choice(&[("skip", Overlap::Skip), ("queue", Overlap::Queue)]),
+        );
+        let retry = section.section("retry", read_retry);
+        let Some(kind) = kind else {
+            // Which further keys there are depends on it.
+            section.skip_rest();
+            return None;
+        };
+        let kind = match kind {
+            Kind::RealtimeDelivery => Some(JobKind::RealtimeDelivery {
+                batch: section.take("batch", 100, &number(1..=10_000)),
+            }),
+            Kind::PurgeExpired => Some(JobKind::PurgeExpired {
+                older_than: section.take(
+                    "older_than",
+                    "7d",
+                    &duration(Duration::ZERO..=LONGEST_PERIOD),
+                ),
+                dry_run: section.take("dry_run", false, &flag()),
+            }),
+            Kind::TimelineExport => {
+                ExportJob::read(section).map(|job| JobKind::TimelineExport(Box::new(job)))
+            }
+        };
+        Some(Self {
+            name: name?,
+            schedule: schedule?,
+            enabled,
+            timeout,
+            overlap,
+            retry,
+            kind: kind?,
+        })
+    }
+}
+
+impl JobKind {
+    fn is_delivery(&self) -> bool {
+        matches!(self, Self::RealtimeDelivery { .. })
+    }
+}
+
+fn read_schedule(section: &mut Section<'_>) -> Option<Schedule> {
+    let every = section.take_given("every", &interval());
+    let timezone = if section.is_given("cron") {
+        section.take("timezone", "UTC", &timezone())
+    } else {
+        section.learn("timezone");
+        if section.is_given("timezone") {
+            section.take_given("timezone", &timezone());
+            let problem = Problem::new("belongs to cron")
+                .allowed("leave it out: every is the same in all zones");
+            section.fail("timezone", problem);
+        }
+        Tz::UTC
+    };
+    let cron = section.take_given("cron", &cron(timezone));
+    match (section.is_given("every"), section.is_given("cron")) {
+        (true, true) => {
+            section.fail(
+                "cron",
+                Problem::new("is set beside every").allowed("set one of the two"),
+            );
+        }
+        (false, false) => section.fail(
+            "every",
+            Problem::new("is missing, and cron too")
+                .allowed("every = \"1s\" or cron = \"0 30 3 * * *\""),
+        ),
+        _ => {}
+    }
+    every.or(cron)
+}
+
+fn interval() -> Rule<Schedule> {
+    duration(SHORTEST_INTERVAL..=LONGEST_INTERVAL).then(|interval| {
+        Schedule::every(interval).map_err(|_only_fractions_of_a_millisecond_are_left| {
+            Problem::new(format!(
+                "{} is not in whole milliseconds",
+                humantime::format_duration(interval)
+            ))
+        })
+    })
+}
+
+/// Its errors say what is allowed themselves, field by field.
+fn cron(timezone: Tz) -> Rule<Schedule> {
+    text("", move |text| {
+        Schedule::cron(text, timezone).map_err(|error| Problem::new(error.to_string()))
+    })
+}
+
+fn timezone() -> Rule<Tz> {
+    text(
+        "a zone of the IANA database, such as \"Europe/Lisbon\"",
+        |text| {
+            text.parse()
+                .map_err(|_says_no_more: chrono_tz::ParseError| {
+                    let meant =
+                        nearest(text, chrono_tz::TZ_VARIANTS.iter().map(|zone| zone.name()));
+                    Problem::new(format!("{text:?} is unknown")).suggest(meant)
+                })
+        },
+    )
+}
+
+fn read_retry(section: &mut Section<'_>) -> RetryPolicy {
+    let attempts = section.take("attempts", 5, &number(1..=100));
+    let first = section.take("first", "1s", &duration(Duration::from_millis(1)..=DAY));
+    let max = section.take("max", "5m", &duration(Duration::from_millis(1)..=DAY));
+    if first > max {
+        let problem = Problem::new(format!(
+            "{} is less than first, {}",
+            short(max),
+            short(first)
+        ));
+        section.fail("max", problem.allowed("at least as long as first"));
+    }
+    RetryPolicy {
+        attempts: NonZeroU32::new(attempts).unwrap_or(NonZeroU32::MIN),
+        first,
+        max,
+    }
+}
+
+impl ExportJob {
+    /// `None` is an error that has been noted.
+    fn read(section: &mut Section<'_>) -> Option<Self> {
+        let tenant =
+            section.take_required("tenant", &parsed("the id of a tenant, 1 to 255 characters"));
+        let selection = Selection::read(section);
+        let audience = section.take("audience", "client", &named(&["client", "agent", "audit"]));
+        let format = section.take("format", "csv", &choice(&[("csv", ExportFormat::Csv)]));
+        let to = section.take_required(
+            "to",
+            &some(list(parsed("an address such as \"ops@example.com\""))),
+        );
+        let period = section.take(
+            "period",
+            "7d",
+            &duration(Duration::from_secs(1)..=LONGEST_PERIOD),
+        );
+        let attach = section.take("attach", true, &flag());
+        Some(Self {
+            tenant: tenant?,
+            selection: selection?,
+            audience,
+            format,
+            to: to?,
+            period,
+            attach,
+        })
+    }
+}
+
+impl Selection {
+    fn read(section: &mut Section<'_>) -> Option<Self> {
+        let contacts = section.take_given("contacts", &some(list(parsed("the UUID of a contact"))));
+        let active = section.optional_section("select", |section| {
+            let since = section.take_required(
+                "active_since",
+                &duration(Duration::from_secs(1)..=LONGEST_PERIOD),
+            );
+            let category = section.take_optional("category", &named(CATEGORIES));
+            since.map(|since| Self::Active { since, category })
+        });
+        match (section.is_given("contacts"), section.is_given("select")) {
+            (true, true) => {
+                section.fail(
+                    "select",
+                    Problem::new("is set beside contacts").allowed("set one of the two"),
+                );
+            }
+            (false, false) => section.fail(
+                "contacts",
+                Problem::new("is missing, and select too")
+                    .allowed("contacts = [\"…\"] or select = { active_since = \"7d\" }"),
+            ),
+            _ => {}
+        }
+        contacts.map(Self::Contacts).or(active.flatten())
+    }
+}
+
+/// A list that is not empty.
+fn some<T: 'static>(rule: Rule<Vec<T>>) -> Rule<Vec<T>> {
+    rule.then(|items| {
+        if items.is_empty() {
+            Err(Problem::new("is empty"))
+        } else {
+            Ok(items)
+        }
+    })
+}

@@ -1,0 +1,165 @@
+//! `[mail]`: how mail leaves: into a directory *or* to a server, never both.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use lettre::message::Mailbox;
+
+use super::error::Problem;
+use super::reader::Section;
+use super::rules::{choice, duration, number, parsed, size, words};
+use super::secret::Secret;
+
+/// `[mail]`: how mail leaves.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Mail {
+    /// Into a directory, or to a server.
+    pub transport: Transport,
+    /// The sender of every mail.
+    pub from: Mailbox,
+    /// The largest attachment in bytes; above it, a mail carries a link.
+    pub max_attachment: u64,
+    /// What to do when the line was cut after DATA.
+    pub uncertain: Uncertain,
+}
+
+/// Where mails go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Transport {
+    /// Each as a file `*.eml` in this directory.
+    Directory(PathBuf),
+    /// To a server.
+    Smtp(Smtp),
+}
+
+/// `mail.smtp`: the server that takes our mail.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Smtp {
+    /// Its name, which its certificate must bear.
+    pub host: String,
+    /// Its port.
+    pub port: u16,
+    /// How the line is encrypted.
+    pub tls: SmtpTls,
+    /// Who we are, when it wants to know.
+    pub login: Option<SmtpLogin>,
+    /// A PEM file with an authority that is trusted beside the system's.
+    pub ca: Option<PathBuf>,
+    /// How long each phase of a delivery may take: connecting, a command, the message.
+    pub timeout: Duration,
+}
+
+/// A user and a password; neither is of use alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SmtpLogin {
+    /// The user.
+    pub user: String,
+    /// The password.
+    pub password: Secret,
+}
+
+/// How a line to an SMTP server is encrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SmtpTls {
+    /// Begun in the clear, then encrypted or given up; port 587.
+    StartTls,
+    /// From the first byte; port 465.
+    Tls,
+    /// Not at all; port 25.
+    None,
+}
+
+/// What becomes of a mail that may or may not have been taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Uncertain {
+    /// Sent again with the same `Message-ID`: perhaps twice.
+    Retry,
+    /// Not sent again: perhaps never.
+    GiveUp,
+}
+
+impl Mail {
+    pub(super) fn read(section: &mut Section<'_>) -> Self {
+        let smtp = section.optional_section("smtp", Smtp::read);
+        let transport = match smtp {
+            // An incomplete server has been reported.
+            Some(smtp) => {
+                if section.is_given("directory") {
+                    let problem = Problem::new("is set beside mail.smtp");
+                    section.fail("directory", problem.allowed("set one of the two"));
+                }
+                section.take_given("directory", &words("a path"));
+                smtp.map_or_else(|| Transport::Directory(PathBuf::new()), Transport::Smtp)
+            }
+            None => Transport::Directory(section.path("directory", "outbox")),
+        };
+        Self {
+            transport,
+            from: section.take(
+                "from",
+                "timelined <timelined@localhost>",
+                &parsed("an address such as \"CRM <crm@example.com>\""),
+            ),
+            max_attachment: section.take("max_attachment", "7MiB", &size(1 << 30)),
+            uncertain: section.take(
+                "uncertain",
+                "retry",
+                &choice(&[("retry", Uncertain::Retry), ("give_up", Uncertain::GiveUp)]),
+            ),
+        }
+    }
+}
+
+impl Smtp {
+    /// `None` is an error that has been noted.
+    fn read(section: &mut Section<'_>) -> Option<Self> {
+        let host = section.take_required("host", &words("the name of the server"));
+        let tls = section.take(
+            "tls",
+            "starttls",
+            &choice(&[
+                ("starttls", SmtpTls::StartTls),
+                ("tls", SmtpTls::Tls),
+                ("none", SmtpTls::None),
+            ]),
+        );
+        let port = section.take("port", tls.port(), &number(1..=u16::MAX));
+        let user = section.take_optional("user", &words("a name"));
+        let password = section.secret("password");
+        match (section.is_given("user"), section.is_given("password")) {
+            (true, false) => section.fail(
+                "user",
+                Problem::new("is set without a password").allowed("set both, or none"),
+            ),
+            (false, true) => section.fail(
+                "password",
+                Problem::new("is set without a user").allowed("set both, or none"),
+            ),
+            _ => {}
+        }
+        Some(Self {
+            host: host?,
+            port,
+            tls,
+            login: user
+                .zip(password)
+                .map(|(user, password)| SmtpLogin { user, password }),
+            ca: section.optional_path("ca"),
+            timeout: section.take(
+                "timeout",
+                "60s",
+                &duration(Duration::from_secs(1)..=Duration::from_mins(10)),
+            ),
+        })
+    }
+}
+
+impl SmtpTls {
+    fn port(self) -> u16 {
+        match self {
+            Self::StartTls => 587,
+            Self::Tls => 465,
+            Self::None => 25,
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! The sections of a few keys: `[realtime]`, `[export]` and `[log]`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tracing_subscriber::EnvFilter;
+
+use super::error::{Problem, nearest};
+use super::reader::Section;
+use super::rules::{Rule, choice, duration, number, text};
+
+const DAY: Duration = Duration::from_hours(24);
+
+/// `[realtime]`: what a connection may have open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Realtime {
+    /// How many events may be unacknowledged on one connection.
+    pub window: u16,
+    /// After how long an unacknowledged event comes again.
+    pub ack_timeout: Duration,
+}
+
+/// `[export]`: the files of exports.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Export {
+    /// Where they lie.
+    pub directory: PathBuf,
+    /// How long they and the links to them last.
+    pub keep: Duration,
+}
+
+/// `[log]`: what is logged and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Log {
+    /// How a line is written.
+    pub format: LogFormat,
+    /// Directives of an `EnvFilter`, checked to parse.
+    pub level: String,
+}
+
+/// How a log line is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Text on a terminal, else JSON.
+    Auto,
+    /// For people.
+    Text,
+    /// For machines.
+    Json,
+}
+
+impl Realtime {
+    pub(super) fn read(section: &mut Section<'_>) -> Self {
+        Self {
+            window: section.take("window", 256, &number(1..=10_000)),
+            ack_timeout: section.take(
+                "ack_timeout",
+                "30s",
+                &duration(Duration::from_secs(1)..=Duration::from_mins(10)),
+            ),
+        }
+    }
+}
+
+impl Export {
+    pub(super) fn read(section: &mut Section<'_>) -> Self {
+        Self {
+            directory: section.path("directory", "exports"),
+            keep: section.take(
+                "keep",
+                "7d",
+                &duration(Duration::from_secs(1)..=DAY * 3_650),
+            ),
+        }
+    }
+}
+
+impl Log {
+    pub(super) fn read(section: &mut Section<'_>) -> Self {
+        Self {
+            format: section.take(
+                "format",
+                "auto",
+                &choice(&[
+                    ("auto", LogFormat::Auto),
+                    ("text", LogFormat::Text),
+                    ("json", LogFormat::Json),
+                ]),
+            ),
+            level: section.take("level", "info", &log_level()),
+        }
+    }
+}
+
+fn log_level() -> Rule<String> {
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    text(
+        "off, error, warn, info, debug, trace, or directives such as \"info,sqlx=warn\"",
+        |text| {
+            for directive in text.split(',').map(str::trim) {
+                let is_level = LEVELS.contains(&directive.to_ascii_lowercase().as_str());
+                // The filter takes `inof` for the name of a module, and logs nothing.
+                if let Some(level) = nearest(directive, LEVELS).filter(|_| !is_level) {
+                    return Err(
+                        Problem::new(format!("{directive:?} is not a level")).suggest(Some(level))
+                    );
+                }
+            }
+            if text.trim().is_empty() {
+                return Err(Problem::new("is empty"));
+            }
+            EnvFilter::builder()
+                .parse(text)
+                .map(|_filter| text.to_owned())
+                .map_err(|error| Problem::new(format!("{text:?} is not valid ({error})")))
+        },
+    )
+}

@@ -1,0 +1,516 @@
+//! The composition: configuration → storage → hub → jobs → API. Nothing else knows everything.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::net::SocketAddr;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail};
+use base64::Engine as _;
+use chrono::TimeDelta;
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+use tokio_cron_scheduler::JobScheduler;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use crate::access::Access;
+use crate::api::{self, ExportsApi, Health, JobsApi, LiveApi, OpsApi, Parts};
+use crate::config::{Config, DatabaseUrl, JobDefinition, JobKind, Synchronous};
+use crate::domain::{Clock, Retention, RunId};
+use crate::export::{ExportSettings, Exporter};
+use crate::jobs::{Deliver, Job, Pulse, Purge, Runner, RunnerSettings, ScheduleExports};
+use crate::live::{Acknowledger, Hub, Pump, SessionSettings};
+use crate::mail::Mailer;
+use crate::storage::Storage;
+use crate::storage::postgres::PgStorage;
+use crate::storage::sqlite::SqliteStorage;
+use crate::telemetry::Metrics;
+use crate::timeline::Timeline;
+
+/// How long what was aborted gets to end.
+const ABORT_GRACE: Duration = Duration::from_secs(2);
+/// Events of a look of the pump where no delivery job says otherwise.
+const DEFAULT_BATCH: u32 = 100;
+/// How long a transaction of the purge should take: SQLite has one writer, and inserts wait for it.
+const SQLITE_BATCH_TIME: Duration = Duration::from_millis(8);
+const POSTGRES_BATCH_TIME: Duration = Duration::from_millis(50);
+
+/// A running daemon.
+pub struct Daemon {
+    address: SocketAddr,
+    ops_address: Option<SocketAddr>,
+    storage: Storage,
+    /// The use cases, for programs that run a daemon within themselves, such as the demo.
+    pub timeline: Timeline,
+    health: Arc<Health>,
+    scheduler: JobScheduler,
+    tracker: TaskTracker,
+    writers: TaskTracker,
+    stop: CancellationToken,
+    abort: CancellationToken,
+    shutdown_timeout: Duration,
+    /// Held as long as the daemon runs; the system lets go of it when the process ends.
+    _lock: Option<File>,
+}
+
+impl Daemon {
+    /// Starts everything; when this returns, the daemon serves.
+    ///
+    /// # Errors
+    /// Where the state directory, the database, the key or an address cannot be had; the message
+    /// names it and the way out.
+    #[expect(
+        clippy::too_many_lines,
+        reason = "the composition, read from top to bottom"
+    )]
+    pub async fn start(config: Config, clock: Arc<dyn Clock>) -> anyhow::Result<Self> {
+        make_private_directory(&config.state_directory)?;
+        let lock = match &config.database.url {
+            DatabaseUrl::Sqlite(path) => Some(lock_database(path)?),
+            DatabaseUrl::Postgres(_) => None,
+        };
+        let storage = open_storage(&config).await?;
+        if config.database.migrate {
+            storage
+                .migrate()
+                .await
+                .context("cannot migrate the database")?;
+        } else {
+            storage
+                .check_schema()
+                .await
+                .context("cannot use the database")?;
+        }
+        let access = Arc::new(access(&config)?);
+        let mailer = Mailer::new(&config.mail).context("cannot set up mail")?;
+        if storage.is_exclusive() {
+            // Nobody else holds this file: whatever is claimed was left by a daemon that is gone.
+            let runs = storage
+                .ledger
+                .recover()
+                .await
+                .context("cannot take over what was left")?;
+            storage
+                .exports
+                .release(None)
+                .await
+                .context("cannot take over what was left")?;
+            if runs > 0 {
+                tracing::warn!(runs, "took over runs that a daemon before this one left");
+            }
+        }
+        let listener = listen(config.http.listen, "http.listen", "TIMELINED__HTTP__LISTEN").await?;
+        let address = listener
+            .local_addr()
+            .context("the listening socket has no address")?;
+        let ops_listener = match config.http.ops_listen {
+            Some(at) => Some(listen(at, "http.ops_listen", "TIMELINED__HTTP__OPS_LISTEN").await?),
+            None => None,
+        };
+        let ops_address = ops_listener
+            .as_ref()
+            .and_then(|listener| listener.local_addr().ok());
+
+        let daemon = RunId::generate(clock.now()).uuid();
+        let tracker = TaskTracker::new();
+        let writers = TaskTracker::new();
+        let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
+        let hub = Arc::new(Hub::default());
+        let (pump_wake, export_wake) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let pulse = Pulse::default();
+        let metrics = Arc::new(Metrics::default());
+
+        let pump = Pump::new(
+            storage.events.clone(),
+            hub.clone(),
+            clock.clone(),
+            delivery_batch(&config.jobs).unwrap_or(DEFAULT_BATCH),
+            pump_wake.clone(),
+        );
+        let pump = Arc::new(pump.await.context("cannot read the outbox")?);
+        if delivery_batch(&config.jobs).is_some() {
+            let (pump, stop) = (pump.clone(), stop.clone());
+            tracker.spawn(async move { pump.run(stop).await });
+        }
+        let (acknowledger, acks, queue) =
+            Acknowledger::new(storage.events.clone(), hub.clone(), clock.clone());
+        writers.spawn(acknowledger.run(queue, abort.clone()));
+
+        let exporter = Exporter::new(
+            storage.exports.clone(),
+            mailer,
+            clock.clone(),
+            export_settings(&config, address, daemon),
+            export_wake.clone(),
+        );
+        tracker.spawn(exporter.run(stop.clone(), abort.clone()));
+
+        let job_parts = JobParts {
+            storage: &storage,
+            clock: &clock,
+            pump: &pump,
+            export_wake: &export_wake,
+        };
+        let jobs: Vec<_> = config
+            .jobs
+            .iter()
+            .map(|job| (job.clone(), job_parts.job(job)))
+            .collect();
+        let runner = Runner::new(
+            RunnerSettings {
+                ledger: storage.ledger.clone(),
+                clock: clock.clone(),
+                daemon,
+                tracker: tracker.clone(),
+                stop: stop.clone(),
+                abort: abort.clone(),
+                pulse: pulse.clone(),
+                metrics: metrics.clone(),
+            },
+            jobs,
+        );
+        tracker.spawn(runner.run());
+        let scheduler = pulse.start().await.context("cannot start the pulse")?;
+
+        let timeline = Timeline {
+            events: storage.events.clone(),
+            hub: hub.clone(),
+            clock: clock.clone(),
+            wake: pump_wake,
+        };
+        let session = SessionSettings {
+            access: access.clone(),
+            events: storage.events.clone(),
+            hub: hub.clone(),
+            acks,
+            clock: clock.clone(),
+            window: usize::from(config.realtime.window),
+            ack_timeout: config.realtime.ack_timeout,
+            stop: stop.clone(),
+        };
+        let health = Arc::new(Health {
+            storage: storage.clone(),
+            pulse: pulse.clone(),
+            stop: stop.clone(),
+        });
+        let router = api::router(Parts {
+            access,
+            timeline: timeline.clone(),
+            exports: ExportsApi {
+                exports: storage.exports.clone(),
+                directory: config.export.directory.clone(),
+                clock: clock.clone(),
+                wake: export_wake,
+            },
+            jobs: JobsApi {
+                jobs: config.jobs.into(),
+                ledger: storage.ledger.clone(),
+                clock,
+                pulse,
+            },
+            live: LiveApi {
+                session: Arc::new(session),
+                tracker: tracker.clone(),
+                allowed_origins: config.http.allowed_origins.into(),
+            },
+            ops: OpsApi {
+                health: health.clone(),
+            },
+        });
+        tracker.spawn(api::serve(listener, router, tracker.clone(), stop.clone()));
+        if let Some(listener) = ops_listener {
+            let router = api::metrics(metrics, hub);
+            tracker.spawn(api::serve(listener, router, tracker.clone(), stop.clone()));
+        }
+        tracing::info!(
+            http.listen = %address,
+            node.id = %daemon,
+            database = storage.engine(),
+            version = env!("CARGO_PKG_VERSION"),
+            "serving on http://{address}"
+        );
+        Ok(Self {
+            address,
+            ops_address,
+            storage,
+            timeline,
+            health,
+            scheduler,
+            tracker,
+            writers,
+            stop,
+            abort,
+            shutdown_timeout: config.http.shutdown_timeout,
+            _lock: lock,
+        })
+    }
+
+    /// The API's address, with the port that was bound.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The address of `/metrics`.
+    #[must_use]
+    pub fn ops_address(&self) -> Option<SocketAddr> {
+        self.ops_address
+    }
+
+    /// The state of the parts.
+    #[must_use]
+    pub fn health(&self) -> Arc<Health> {
+        self.health.clone()
+    }
+
+    /// Cancelled when the daemon must end, because an acknowledged write can no longer be promised.
+    #[must_use]
+    pub fn failed(&self) -> CancellationToken {
+        self.storage.failed.clone()
+    }
+
+    /// Cancelling it cuts the drain of [`Daemon::stop`] short.
+    #[must_use]
+    pub fn abort(&self) -> CancellationToken {
+        self.abort.clone()
+    }
+
+    /// Stops: nothing new begins, what runs reaches a safe point or is given back, sockets are told.
+    pub async fn stop(mut self) {
+        tracing::info!(
+            running = self.tracker.len(),
+            timeout_s = self.shutdown_timeout.as_secs(),
+            "stopping"
+        );
+        self.stop.cancel();
+        if let Err(error) = self.scheduler.shutdown().await {
+            tracing::warn!(%error, "could not stop the pulse");
+        }
+        self.tracker.close();
+        self.writers.close();
+        // The router, and the senders of acknowledgements with it, end with the last connection.
+        let drained = tokio::select! {
+            () = self.tracker.wait() => true,
+            () = tokio::time::sleep(self.shutdown_timeout) => false,
+            () = self.abort.cancelled() => false,
+        };
+        if !drained {
+            tracing::warn!(running = self.tracker.len(), "ending what is still running");
+            self.abort.cancel();
+            drop(tokio::time::timeout(ABORT_GRACE, self.tracker.wait()).await);
+        }
+        if tokio::time::timeout(ABORT_GRACE, self.writers.wait())
+            .await
+            .is_err()
+        {
+            self.abort.cancel();
+        }
+        self.storage.close().await;
+        tracing::info!("stopped");
+    }
+}
+
+/// What jobs are made of.
+struct JobParts<'a> {
+    storage: &'a Storage,
+    clock: &'a Arc<dyn Clock>,
+    pump: &'a Arc<Pump>,
+    export_wake: &'a Arc<Notify>,
+}
+
+impl JobParts<'_> {
+    fn job(&self, definition: &JobDefinition) -> Arc<dyn Job> {
+        match &definition.kind {
+            JobKind::RealtimeDelivery { .. } => Arc::new(Deliver::new(self.pump.clone())),
+            JobKind::PurgeExpired {
+                older_than,
+                dry_run,
+            } => Arc::new(purge(self.storage, self.clock, *older_than, *dry_run)),
+            JobKind::TimelineExport(settings) => Arc::new(ScheduleExports {
+                name: definition.name.clone(),
+                settings: settings.as_ref().clone(),
+                exports: self.storage.exports.clone(),
+                clock: self.clock.clone(),
+                wake: self.export_wake.clone(),
+            }),
+        }
+    }
+}
+
+/// The purge on this storage.
+#[must_use]
+pub fn purge(
+    storage: &Storage,
+    clock: &Arc<dyn Clock>,
+    older_than: Duration,
+    dry_run: bool,
+) -> Purge {
+    let older_than = TimeDelta::from_std(older_than).unwrap_or(TimeDelta::MAX);
+    Purge {
+        events: storage.events.clone(),
+        ledger: storage.ledger.clone(),
+        clock: clock.clone(),
+        retention: Retention::new(older_than),
+        dry_run,
+        batch_time: if storage.is_exclusive() {
+            SQLITE_BATCH_TIME
+        } else {
+            POSTGRES_BATCH_TIME
+        },
+    }
+}
+
+/// What the export worker needs of the configuration.
+#[must_use]
+pub fn export_settings(config: &Config, bound: SocketAddr, worker: Uuid) -> ExportSettings {
+    ExportSettings {
+        directory: config.export.directory.clone(),
+        keep: config.export.keep,
+        public_url: config.http.link_base(bound),
+        worker,
+    }
+}
+
+fn delivery_batch(jobs: &[JobDefinition]) -> Option<u32> {
+    jobs.iter()
+        .filter(|job| job.enabled)
+        .find_map(|job| match job.kind {
+            JobKind::RealtimeDelivery { batch } => Some(batch),
+            _ => None,
+        })
+}
+
+/// Opens the database of the configuration, without looking at its schema.
+///
+/// # Errors
+/// Where it cannot be opened or reached; the message names it without its password.
+pub async fn open_storage(config: &Config) -> anyhow::Result<Storage> {
+    match &config.database.url {
+        DatabaseUrl::Sqlite(path) => {
+            let durable = config.database.synchronous == Synchronous::Full;
+            let storage = SqliteStorage::open(path, durable).await.with_context(|| {
+                format!("cannot open the database {} (database.url)", path.display())
+            })?;
+            Ok(Storage::sqlite(storage))
+        }
+        DatabaseUrl::Postgres(url) => {
+            let storage = PgStorage::open(std::path::Path::new(url.expose_secret()), true)
+                .await
+                .context("cannot reach the PostgreSQL of database.url")?;
+            Ok(Storage::sqlite(storage))
+        }
+    }
+}
+
+/// Access by the configuration, with the key of the state directory where none is configured.
+///
+/// # Errors
+/// Where the key cannot be made or read.
+pub fn access(config: &Config) -> anyhow::Result<Access> {
+    let own_key = match &config.auth.verifier {
+        crate::config::Verifier::Hs256(None) => own_key(&config.state_directory)?,
+        _ => Vec::new(),
+    };
+    Ok(Access::new(&config.auth, &own_key)?)
+}
+
+/// The key that the daemon made at its first start: 32 random bytes, readable by its user alone.
+fn own_key(directory: &Path) -> anyhow::Result<Vec<u8>> {
+    let path = directory.join("hs256.key");
+    let cannot = |what: &str| format!("cannot {what} the key for tokens, {}", path.display());
+    match OpenOptions::new().read(true).open(&path) {
+        Ok(mut file) => {
+            let mut text = String::new();
+            file.read_to_string(&mut text)
+                .with_context(|| cannot("read"))?;
+            let key = base64::engine::general_purpose::STANDARD.decode(text.trim());
+            match key {
+                Ok(key) if key.len() >= 32 => Ok(key),
+                _ => bail!(
+                    "{} is damaged; remove it, and a new one is made (tokens made with the old one end)",
+                    path.display()
+                ),
+            }
+        }
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let key: [u8; 32] = rand::random();
+            let text = base64::engine::general_purpose::STANDARD.encode(key);
+            // Written beside and linked into place, so that a reader never sees half of it, and of
+            // two processes that make one the first wins.
+            let part = directory.join(format!("hs256.key.{}", Uuid::from_bytes(rand::random())));
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&part)
+                .with_context(|| cannot("make"))?;
+            writeln!(file, "{text}")
+                .and_then(|()| file.sync_all())
+                .with_context(|| cannot("write"))?;
+            let linked = std::fs::hard_link(&part, &path);
+            std::fs::remove_file(&part).with_context(|| cannot("make"))?;
+            match linked {
+                Ok(()) => Ok(key.to_vec()),
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => own_key(directory),
+                Err(error) => Err(error).with_context(|| cannot("make")),
+            }
+        }
+        Err(error) => Err(error).with_context(|| cannot("read")),
+    }
+}
+
+/// Makes a directory for the daemon's user alone.
+///
+/// # Errors
+/// Where it cannot be made; the message names the key of the configuration.
+pub fn make_private_directory(path: &Path) -> anyhow::Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| {
+            format!(
+                "cannot make the state directory {} (state_directory, or $STATE_DIRECTORY)",
+                path.display()
+            )
+        })
+}
+
+/// One daemon holds a SQLite file: a second one would deliver and run jobs besides the first.
+fn lock_database(path: &Path) -> anyhow::Result<File> {
+    let lock = PathBuf::from(format!("{}.lock", path.display()));
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&lock)
+        .with_context(|| format!("cannot open {} (database.url)", lock.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => Err(anyhow!(
+            "another timelined holds the database {}; one daemon serves a SQLite file, several need PostgreSQL",
+            path.display()
+        )),
+        Err(std::fs::TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("cannot lock {}", lock.display()))
+        }
+    }
+}
+
+async fn listen(at: SocketAddr, key: &str, variable: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(at).await.map_err(|error| {
+        let why = match error.kind() {
+            ErrorKind::AddrInUse => "another program has it".to_owned(),
+            ErrorKind::PermissionDenied => "the system does not permit it".to_owned(),
+            ErrorKind::AddrNotAvailable => "this machine has no such address".to_owned(),
+            _ => io::Error::to_string(&error),
+        };
+        anyhow!("cannot listen on {at}: {why}; set {key} or {variable} to another address")
+    })
+}

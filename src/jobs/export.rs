@@ -1,0 +1,110 @@
+//! The scheduled export: adds one export per contact and wakes the worker that serves the queue.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use chrono::TimeDelta;
+use tokio::sync::Notify;
+
+use super::{Job, JobError, Report, RunContext};
+use crate::config::{ExportJob, Selection};
+use crate::domain::{Clock, ContactId, ExportId, Subject};
+use crate::export::{Format, message_ids};
+use crate::storage::{ExportRequest, ExportStore, NewExport};
+
+/// Contacts that are selected at a time.
+const PAGE: u32 = 500;
+
+/// Adds exports on schedule. Safe to repeat: an export is keyed by its run and contact.
+pub struct ScheduleExports {
+    /// The job's name, which stands as the requester.
+    pub name: String,
+    /// What to export.
+    pub settings: ExportJob,
+    /// The queue.
+    pub exports: Arc<dyn ExportStore>,
+    /// This machine's clock.
+    pub clock: Arc<dyn Clock>,
+    /// Wakes the worker.
+    pub wake: Arc<Notify>,
+}
+
+#[async_trait]
+impl Job for ScheduleExports {
+    async fn run(&self, context: &RunContext) -> Result<Report, JobError> {
+        let mut report = Report::default();
+        match &self.settings.selection {
+            Selection::Contacts(contacts) => {
+                for contact in contacts {
+                    self.add(context, *contact, &mut report).await?;
+                }
+            }
+            Selection::Active { since, category } => {
+                let since = context.scheduled_at - delta(*since);
+                let mut after = None;
+                loop {
+                    let tenant = &self.settings.tenant;
+                    let page = self
+                        .exports
+                        .active_contacts(tenant, since, *category, after, PAGE)
+                        .await?;
+                    for contact in &page {
+                        self.add(context, *contact, &mut report).await?;
+                    }
+                    after = page.last().copied();
+                    if page.len() < PAGE as usize {
+                        break;
+                    }
+                    if context.stop.is_cancelled() {
+                        report.is_unfinished = true;
+                        break;
+                    }
+                }
+            }
+        }
+        self.wake.notify_one();
+        Ok(report)
+    }
+}
+
+impl ScheduleExports {
+    async fn add(
+        &self,
+        context: &RunContext,
+        contact_id: ContactId,
+        report: &mut Report,
+    ) -> Result<(), JobError> {
+        let now = self.clock.now();
+        let id = ExportId::generate(now);
+        let to: Vec<String> = self.settings.to.iter().map(ToString::to_string).collect();
+        let requested_by = Subject::new(&format!("job {}", self.name))
+            .map_err(|error| JobError::Permanent(format!("the job's name: {error}")))?;
+        let export = NewExport {
+            id,
+            tenant_id: self.settings.tenant.clone(),
+            message_ids: message_ids(id, to.len()),
+            request: ExportRequest {
+                contact_id,
+                format: Format::from(self.settings.format).to_string(),
+                audience: self.settings.audience,
+                since: Some(context.scheduled_at - delta(self.settings.period)),
+                until: Some(context.scheduled_at),
+                categories: Vec::new(),
+                timezone: chrono_tz::UTC,
+                redact: Vec::new(),
+                to,
+                attach: self.settings.attach,
+            },
+            requested_by,
+            request_key: Some(format!("{}/{contact_id}", context.run)),
+            created_at: now,
+        };
+        let added = self.exports.create(&export).await?;
+        report.add(if added == id { "exports" } else { "repeated" }, 1);
+        Ok(())
+    }
+}
+
+fn delta(duration: std::time::Duration) -> TimeDelta {
+    TimeDelta::from_std(duration).unwrap_or(TimeDelta::MAX)
+}

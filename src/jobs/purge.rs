@@ -1,0 +1,159 @@
+//! The purge: deletes what expired strictly before `now - older_than`, and nothing else.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use chrono::{DateTime, TimeDelta, Utc};
+
+use super::{Job, JobError, Report, RunContext};
+use crate::domain::{Clock, Retention, TenantId};
+use crate::storage::{EventRepository, JobLedger, StorageResult};
+
+/// Idempotency keys count for 24 hours.
+const IDEMPOTENCY_KEPT: TimeDelta = TimeDelta::hours(24);
+const FIRST_BATCH: u32 = 100;
+const LARGEST_BATCH: u32 = 10_000;
+
+/// The purge of expired events.
+pub struct Purge {
+    /// The events.
+    pub events: Arc<dyn EventRepository>,
+    /// Whose clock has a say in what is due.
+    pub ledger: Arc<dyn JobLedger>,
+    /// This machine's clock.
+    pub clock: Arc<dyn Clock>,
+    /// The rule.
+    pub retention: Retention,
+    /// Count only.
+    pub dry_run: bool,
+    /// How long a transaction should take: batches grow and shrink towards it.
+    pub batch_time: Duration,
+}
+
+#[async_trait]
+impl Job for Purge {
+    async fn run(&self, context: &RunContext) -> Result<Report, JobError> {
+        let cutoff = self.retention.cutoff(self.now().await?);
+        let mut report = Report::default();
+        if self.dry_run {
+            for tenant in self.events.expiring_tenants().await? {
+                report.add(
+                    "would_delete",
+                    self.events.count_expired_before(&tenant, cutoff).await?,
+                );
+            }
+            return Ok(report);
+        }
+        for tenant in self.events.expiring_tenants().await? {
+            self.in_batches(context, &mut report, "deleted", |limit| {
+                self.events.delete_expired_before(&tenant, cutoff, limit)
+            })
+            .await?;
+        }
+        self.forget_idempotency_keys(context, &mut report).await?;
+        Ok(report)
+    }
+}
+
+impl Purge {
+    /// The earlier of both clocks: one that runs ahead must not delete what is not due.
+    async fn now(&self) -> StorageResult<DateTime<Utc>> {
+        Ok(self.ledger.now().await?.min(self.clock.now()))
+    }
+
+    async fn forget_idempotency_keys(
+        &self,
+        context: &RunContext,
+        report: &mut Report,
+    ) -> StorageResult<()> {
+        let cutoff = self.now().await? - IDEMPOTENCY_KEPT;
+        for tenant in self.events.idempotent_tenants().await? {
+            self.in_batches(context, report, "idempotency_keys", |limit| {
+                self.events
+                    .delete_idempotency_before(&tenant, cutoff, limit)
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    /// Deletes in batches until a short one, or until the run is to stop.
+    async fn in_batches<F>(
+        &self,
+        context: &RunContext,
+        report: &mut Report,
+        name: &str,
+        delete: impl Fn(u32) -> F,
+    ) -> StorageResult<()>
+    where
+        F: Future<Output = StorageResult<u64>>,
+    {
+        let mut limit = FIRST_BATCH;
+        loop {
+            if context.stop.is_cancelled() {
+                report.is_unfinished = true;
+                return Ok(());
+            }
+            let began = Instant::now();
+            let deleted = delete(limit).await?;
+            let took = began.elapsed();
+            report.add(name, deleted);
+            if deleted < u64::from(limit) {
+                return Ok(());
+            }
+            limit = next_batch(limit, took, self.batch_time);
+            // As long a pause as the work: others get the database half of the time.
+            tokio::select! {
+                () = tokio::time::sleep(took.min(self.batch_time)) => {}
+                () = context.stop.cancelled() => {}
+            }
+        }
+    }
+}
+
+/// What a purge would delete, by tenant; the same selection as the purge's.
+///
+/// # Errors
+/// Those of storage.
+pub async fn due(
+    events: &dyn EventRepository,
+    cutoff: DateTime<Utc>,
+) -> StorageResult<Vec<(TenantId, u64)>> {
+    let mut due = Vec::new();
+    for tenant in events.expiring_tenants().await? {
+        let count = events.count_expired_before(&tenant, cutoff).await?;
+        due.push((tenant, count));
+    }
+    Ok(due)
+}
+
+/// The size of the next batch: towards `target`, at most doubled or halved at a time.
+fn next_batch(limit: u32, took: Duration, target: Duration) -> u32 {
+    let factor = (target.as_secs_f64() / took.as_secs_f64().max(1e-6)).clamp(0.5, 2.0);
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a positive number of at most twice the largest batch"
+    )]
+    let next = (f64::from(limit) * factor) as u32;
+    next.clamp(10, LARGEST_BATCH)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_follow_their_time() {
+        let target = Duration::from_millis(10);
+        assert_eq!(next_batch(100, Duration::from_millis(1), target), 200);
+        assert_eq!(next_batch(100, Duration::from_millis(10), target), 100);
+        assert_eq!(next_batch(100, Duration::from_millis(100), target), 50);
+        assert_eq!(next_batch(10, Duration::from_secs(1), target), 10);
+        assert_eq!(
+            next_batch(LARGEST_BATCH, Duration::ZERO, target),
+            LARGEST_BATCH
+        );
+    }
+}

@@ -1,0 +1,128 @@
+//! The pump: looks at the outbox's tail and hands what is watched here to the hub.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::{Mutex, Notify};
+use tokio_util::sync::CancellationToken;
+
+use super::Hub;
+use crate::domain::Clock;
+use crate::storage::{EventRepository, StorageResult, TailMark};
+use crate::telemetry::chain;
+
+/// Waiting deliveries that are recorded as expired in one transaction.
+const EXPIRE_BATCH: u32 = 1000;
+
+/// What looks did since the counts were last taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PumpCounts {
+    /// Events handed to at least one connection.
+    pub pushed: u64,
+    /// Deliveries recorded as expired.
+    pub expired: u64,
+}
+
+/// Looks at the tail of the outbox when told to.
+pub struct Pump {
+    events: Arc<dyn EventRepository>,
+    hub: Arc<Hub>,
+    clock: Arc<dyn Clock>,
+    /// How many events are read at a time.
+    batch: usize,
+    /// Where the next look begins. Locked for a whole look, so that looks do not overlap.
+    mark: Mutex<TailMark>,
+    /// A commit of this daemon, which makes the next look come at once.
+    wake: Arc<Notify>,
+    pushed: AtomicU64,
+    expired: AtomicU64,
+}
+
+impl Pump {
+    /// A pump that begins at the end of the outbox: what waits there already is the backlog, which
+    /// each subscription reads.
+    ///
+    /// # Errors
+    /// Where the outbox cannot be read.
+    pub async fn new(
+        events: Arc<dyn EventRepository>,
+        hub: Arc<Hub>,
+        clock: Arc<dyn Clock>,
+        batch: u32,
+        wake: Arc<Notify>,
+    ) -> StorageResult<Self> {
+        let mark = Mutex::new(events.tail_end().await?);
+        let batch = batch as usize;
+        Ok(Self {
+            events,
+            hub,
+            clock,
+            batch,
+            mark,
+            wake,
+            pushed: AtomicU64::new(0),
+            expired: AtomicU64::new(0),
+        })
+    }
+
+    /// Looks whenever a commit of this daemon says so. The poll each second looks besides.
+    pub async fn run(&self, stop: CancellationToken) {
+        loop {
+            tokio::select! {
+                () = self.wake.notified() => {}
+                () = stop.cancelled() => return,
+            }
+            if let Err(error) = self.push_new().await {
+                // The poll reports outages as failed runs; here it is only a hint that failed.
+                tracing::debug!(error = %chain(&error), "could not look at the outbox");
+            }
+        }
+    }
+
+    /// One look: pushes what is new, and records what expired waiting.
+    ///
+    /// # Errors
+    /// Those of storage; the next look begins where this one did.
+    pub async fn look(&self) -> StorageResult<()> {
+        self.push_new().await?;
+        loop {
+            let expired = self
+                .events
+                .expire_undelivered(self.clock.now(), EXPIRE_BATCH)
+                .await?;
+            self.expired.fetch_add(expired, Ordering::Relaxed);
+            if expired < u64::from(EXPIRE_BATCH) {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn push_new(&self) -> StorageResult<()> {
+        let mut mark = self.mark.lock().await;
+        let tail = self
+            .events
+            .tail(&mark, &|tenant, contact| {
+                self.hub.is_watched(tenant, contact)
+            })
+            .await?;
+        for entries in tail.entries.chunks(self.batch) {
+            let found = self.events.find_entries(entries).await?;
+            let now = self.clock.now();
+            let pushed = found
+                .iter()
+                .filter(|undelivered| self.hub.publish(undelivered, now))
+                .count();
+            self.pushed.fetch_add(pushed as u64, Ordering::Relaxed);
+        }
+        *mark = tail.mark;
+        Ok(())
+    }
+
+    /// What was done since the last call.
+    pub fn take_counts(&self) -> PumpCounts {
+        PumpCounts {
+            pushed: self.pushed.swap(0, Ordering::Relaxed),
+            expired: self.expired.swap(0, Ordering::Relaxed),
+        }
+    }
+}

@@ -1,0 +1,679 @@
+//! One connection: authenticates, subscribes, is sent events, acknowledges.
+//!
+//! Attaching has no gap: the session registers with the hub first, then reads the backlog, then
+//! answers `subscribed`, then sends what is live. While it reads the backlog, or when its window of
+//! unacknowledged events is full, what the hub pushes is not kept but only noted, and read from the
+//! store again: a slow reader costs bounded memory and delays nobody. Its place in the store is a
+//! seq for each rank, so that what is urgent overtakes.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::ws::{CloseFrame, Message, WebSocket};
+use chrono::TimeDelta;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use super::acks::{AckKind, Acknowledgement};
+use super::frames::{AckMode, ClientFrame, Close, DaemonFrame};
+use super::hub::{Ear, Hub, Missed, Published, Push};
+use crate::access::{Access, Identity, Reader};
+use crate::domain::{Clock, ContactId, EventId, format_time};
+use crate::storage::{EventRepository, StorageError};
+use crate::telemetry::chain;
+
+/// Contacts that one connection may watch.
+const MAX_CONTACTS: usize = 1000;
+/// Ids in one frame.
+const MAX_IDS: usize = 1000;
+/// How long a client has to authenticate.
+const AUTH_TIME: Duration = Duration::from_secs(10);
+/// A socket that does not take a frame for so long is given up.
+const SEND_TIME: Duration = Duration::from_secs(30);
+/// Pushes that may wait for a session; more are read from the store.
+const PUSHES: usize = 256;
+/// Between two looks at what was not acknowledged and whether the token is over.
+const TICK: Duration = Duration::from_secs(1);
+/// How long after `bye` a client waits at least, and the spread that keeps all from coming at once.
+const RETRY_MS: u64 = 500;
+const RETRY_SPREAD_MS: u64 = 4500;
+/// Between two tries to read the backlog from a database that is away.
+const BACKLOG_RETRY: Duration = Duration::from_millis(500);
+
+/// What every session shares.
+pub struct SessionSettings {
+    /// Who may connect.
+    pub access: Arc<Access>,
+    /// The store.
+    pub events: Arc<dyn EventRepository>,
+    /// Who watches what.
+    pub hub: Arc<Hub>,
+    /// Where acknowledgements go.
+    pub acks: mpsc::Sender<Acknowledgement>,
+    /// This machine's clock.
+    pub clock: Arc<dyn Clock>,
+    /// How many events may be unacknowledged.
+    pub window: usize,
+    /// After which time an unacknowledged event comes again; after twice that the connection ends.
+    pub ack_timeout: Duration,
+    /// Cancelled when the daemon stops.
+    pub stop: CancellationToken,
+}
+
+/// Why a session ends.
+enum End {
+    /// The daemon closes it.
+    Close(Close),
+    /// The client went away, or the socket failed.
+    Gone,
+}
+
+/// An event that was sent and not acknowledged.
+struct Open {
+    published: Arc<Published>,
+    first_sent: Instant,
+    sent: Instant,
+}
+
+/// Contacts whose backlog is being read, and how far.
+struct Backlog {
+    contacts: Vec<ContactId>,
+    after: [i64; 4],
+    /// The contacts to be confirmed once nothing of them can be missed.
+    confirm: Option<(Vec<ContactId>, Vec<String>)>,
+}
+
+/// One connection.
+pub struct Session {
+    shared: Arc<SessionSettings>,
+    socket: WebSocket,
+    connection: u64,
+    reader: Reader,
+    identity: Identity,
+    watched: HashSet<ContactId>,
+    ack: AckMode,
+    open: HashMap<EventId, Open>,
+    /// For each rank, the newest seq that was sent.
+    position: [i64; 4],
+    backlogs: VecDeque<Backlog>,
+    /// When the backlog may be read again after the database was away.
+    backlog_at: Instant,
+    missed: Arc<Missed>,
+    ear: mpsc::Sender<Push>,
+    pushes: mpsc::Receiver<Push>,
+    last_ack: Instant,
+}
+
+impl Session {
+    /// Serves a connection to its end. `identity` is set where the handshake carried a token.
+    pub async fn serve(
+        shared: Arc<SessionSettings>,
+        mut socket: WebSocket,
+        identity: Option<Identity>,
+    ) {
+        let connection = shared.hub.connect();
+        let authenticated = match identity {
+            Some(identity) => Ok(identity),
+            None => authenticate(&shared, &mut socket).await,
+        };
+        let authenticated = authenticated.and_then(|identity| {
+            let reader = Reader::try_from(identity.clone());
+            reader
+                .map(|reader| (identity, reader))
+                .map_err(|_operator| End::Close(Close::NotAuthenticated))
+        });
+        match authenticated {
+            Ok((identity, reader)) => {
+                let (ear, pushes) = mpsc::channel(PUSHES);
+                let now = Instant::now();
+                let mut session = Self {
+                    shared: shared.clone(),
+                    socket,
+                    connection,
+                    reader,
+                    identity,
+                    watched: HashSet::new(),
+                    ack: AckMode::Client,
+                    open: HashMap::new(),
+                    position: [0; 4],
+                    backlogs: VecDeque::new(),
+                    backlog_at: now,
+                    missed: Arc::default(),
+                    ear,
+                    pushes,
+                    last_ack: now,
+                };
+                let end = session.run().await;
+                let watched: Vec<ContactId> = session.watched.iter().copied().collect();
+                shared
+                    .hub
+                    .disconnect(&session.reader.tenant, &watched, connection);
+                bye(&mut session.socket, &end).await;
+            }
+            Err(end) => bye(&mut socket, &end).await,
+        }
+        shared.hub.closed();
+    }
+
+    async fn run(&mut self) -> End {
+        match self.converse().await {
+            Err(end) => end,
+            Ok(never) => match never {},
+        }
+    }
+
+    async fn converse(&mut self) -> Result<std::convert::Infallible, End> {
+        self.welcome().await?;
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let stop = self.shared.stop.clone();
+        loop {
+            let reads_backlog = !self.backlogs.is_empty() && self.window_left() > 0;
+            tokio::select! {
+                frame = self.socket.recv() => self.receive(frame).await?,
+                Some(push) = self.pushes.recv() => self.take(push).await?,
+                () = tokio::time::sleep_until(self.backlog_at), if reads_backlog => self.read_backlog().await?,
+                _ = tick.tick() => self.tick().await?,
+                () = stop.cancelled() => return Err(End::Close(Close::ShuttingDown)),
+            }
+            self.note_missed();
+        }
+    }
+
+    async fn welcome(&mut self) -> Result<(), End> {
+        let frame = DaemonFrame::Welcome {
+            connection: self.connection.to_string(),
+            expires_at: format_time(self.identity.expires_at),
+            window: self.shared.window,
+        };
+        send(&mut self.socket, &frame).await
+    }
+
+    fn window_left(&self) -> usize {
+        self.shared.window.saturating_sub(self.open.len())
+    }
+
+    /// What the hub could not hand over is read from the store.
+    fn note_missed(&mut self) {
+        if let Some(missed) = self.missed.take() {
+            let after =
+                std::array::from_fn(|rank| self.position[rank].min(missed[rank].saturating_sub(1)));
+            self.catch_up(after);
+        }
+    }
+
+    /// Reads all that is watched from the store, behind `after`.
+    fn catch_up(&mut self, after: [i64; 4]) {
+        if let Some(waiting) = self
+            .backlogs
+            .iter_mut()
+            .find(|backlog| backlog.confirm.is_none())
+        {
+            for (rank, seq) in after.into_iter().enumerate() {
+                waiting.after[rank] = waiting.after[rank].min(seq);
+            }
+            return;
+        }
+        let contacts = self.watched.iter().copied().collect();
+        self.backlogs.push_back(Backlog {
+            contacts,
+            after,
+            confirm: None,
+        });
+    }
+
+    async fn receive(&mut self, frame: Option<Result<Message, axum::Error>>) -> Result<(), End> {
+        let text = match frame {
+            Some(Ok(Message::Text(text))) => text,
+            // Answered by the library.
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => return Ok(()),
+            Some(Ok(Message::Binary(_))) => return Err(End::Close(Close::BadFrame)),
+            Some(Err(error)) => {
+                tracing::debug!(connection = self.connection, %error, "a socket failed");
+                return Err(End::Gone);
+            }
+            Some(Ok(Message::Close(_))) | None => return Err(End::Gone),
+        };
+        let frame = match serde_json::from_str::<ClientFrame>(&text) {
+            Ok(frame) => frame,
+            Err(error) => {
+                self.refuse("bad-frame", "Bad frame", 400, error.to_string())
+                    .await?;
+                return Err(End::Close(Close::BadFrame));
+            }
+        };
+        match frame {
+            ClientFrame::Auth { token } => self.refresh(&token).await,
+            ClientFrame::Subscribe { contacts, ack } => self.subscribe(contacts, ack).await,
+            ClientFrame::Unsubscribe { contacts } => {
+                self.unsubscribe(&contacts);
+                Ok(())
+            }
+            ClientFrame::Ack { ids } => {
+                let ids = self.ids(&ids).await?;
+                self.acknowledge(ids).await
+            }
+            ClientFrame::Read { ids } => {
+                let ids = self.ids(&ids).await?;
+                self.pass_on(AckKind::Read, ids, true).await
+            }
+            ClientFrame::Ping => send(&mut self.socket, &DaemonFrame::Pong).await,
+        }
+    }
+
+    /// A newer token of the same reader prolongs the connection.
+    async fn refresh(&mut self, token: &str) -> Result<(), End> {
+        match self.shared.access.verify(token) {
+            Ok(identity)
+                if identity.subject == self.identity.subject
+                    && identity.role() == self.identity.role()
+                    && Reader::try_from(identity.clone())
+                        .is_ok_and(|reader| reader.tenant == self.reader.tenant) =>
+            {
+                self.identity = identity.clone();
+                if let Ok(reader) = Reader::try_from(identity) {
+                    self.reader = reader;
+                }
+                // A client that is fewer contacts now no longer watches the others.
+                let lost: Vec<ContactId> = self
+                    .watched
+                    .iter()
+                    .copied()
+                    .filter(|contact| !self.reader.may_see(*contact))
+                    .collect();
+                self.forget(&lost);
+                self.welcome().await
+            }
+            _ => Err(End::Close(Close::NotAuthenticated)),
+        }
+    }
+
+    async fn subscribe(&mut self, contacts: Vec<String>, ack: AckMode) -> Result<(), End> {
+        let mut granted = Vec::new();
+        let mut denied = Vec::new();
+        for contact in contacts {
+            match contact.parse::<ContactId>() {
+                Ok(id) if self.reader.may_see(id) => granted.push(id),
+                _ => denied.push(contact),
+            }
+        }
+        let new: Vec<ContactId> = {
+            let mut seen = HashSet::new();
+            let is_new = |id: &ContactId| !self.watched.contains(id) && seen.insert(*id);
+            granted.iter().copied().filter(is_new).collect()
+        };
+        if self.watched.len() + new.len() > MAX_CONTACTS {
+            let detail = format!("a connection watches at most {MAX_CONTACTS} contacts");
+            self.refuse("too-many-contacts", "Too many contacts", 429, detail)
+                .await?;
+            return Err(End::Close(Close::TooMuch));
+        }
+        self.ack = ack;
+        let ear = Ear {
+            connection: self.connection,
+            audience: self.reader.audience,
+            pushes: self.ear.clone(),
+            missed: self.missed.clone(),
+        };
+        // First registered, then read: what is committed in between comes by either way.
+        self.shared.hub.watch(&self.reader.tenant, &new, &ear);
+        self.watched.extend(&new);
+        self.backlogs.push_back(Backlog {
+            contacts: new,
+            after: [0; 4],
+            confirm: Some((granted, denied)),
+        });
+        Ok(())
+    }
+
+    fn unsubscribe(&mut self, contacts: &[String]) {
+        let contacts: Vec<ContactId> = contacts
+            .iter()
+            .filter_map(|contact| contact.parse().ok())
+            .collect();
+        self.forget(&contacts);
+    }
+
+    fn forget(&mut self, contacts: &[ContactId]) {
+        self.shared
+            .hub
+            .unwatch(&self.reader.tenant, contacts, self.connection);
+        for contact in contacts {
+            self.watched.remove(contact);
+        }
+        self.open
+            .retain(|_, open| !contacts.contains(&open.published.contact_id));
+        for backlog in &mut self.backlogs {
+            backlog
+                .contacts
+                .retain(|contact| !contacts.contains(contact));
+        }
+    }
+
+    /// Parses ids; one that is none is told and ends the connection, since the client is broken.
+    async fn ids(&mut self, ids: &[String]) -> Result<Vec<EventId>, End> {
+        if ids.len() > MAX_IDS {
+            let detail = format!("a frame names at most {MAX_IDS} ids");
+            self.refuse("too-many-ids", "Too many ids", 429, detail)
+                .await?;
+            return Err(End::Close(Close::TooMuch));
+        }
+        let parsed: Result<Vec<EventId>, _> = ids.iter().map(|id| id.parse()).collect();
+        match parsed {
+            Ok(ids) => Ok(ids),
+            Err(error) => {
+                self.refuse("bad-frame", "Bad frame", 400, error.to_string())
+                    .await?;
+                Err(End::Close(Close::BadFrame))
+            }
+        }
+    }
+
+    async fn acknowledge(&mut self, ids: Vec<EventId>) -> Result<(), End> {
+        self.last_ack = Instant::now();
+        let (known, unknown): (Vec<_>, Vec<_>) = ids
+            .into_iter()
+            .partition(|id| self.open.remove(id).is_some());
+        // What was sent here belongs to a watched contact; what was sent on a connection before
+        // this one is checked.
+        self.pass_on(AckKind::Delivered, known, false).await?;
+        self.pass_on(AckKind::Delivered, unknown, true).await
+    }
+
+    async fn pass_on(
+        &mut self,
+        kind: AckKind,
+        ids: Vec<EventId>,
+        is_checked: bool,
+    ) -> Result<(), End> {
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let contacts = is_checked.then(|| {
+            let mut contacts: Vec<ContactId> = self.watched.iter().copied().collect();
+            contacts.sort();
+            contacts
+        });
+        let acknowledgement = Acknowledgement {
+            connection: self.connection,
+            tenant: self.reader.tenant.clone(),
+            audience: self.reader.audience,
+            contacts,
+            by: self.reader.subject.clone(),
+            ids,
+            kind,
+        };
+        // Fails only while the daemon is stopping; then the events come again.
+        self.shared
+            .acks
+            .send(acknowledgement)
+            .await
+            .map_err(|_stopped| End::Close(Close::ShuttingDown))
+    }
+
+    async fn take(&mut self, push: Push) -> Result<(), End> {
+        match push {
+            Push::Event(event) => {
+                if !self.watched.contains(&event.contact_id) || self.open.contains_key(&event.id) {
+                    return Ok(());
+                }
+                // In order: what is live waits until the backlog is read and the window is open.
+                if !self.backlogs.is_empty() || self.window_left() == 0 {
+                    self.missed.note(event.rank, event.seq);
+                    return Ok(());
+                }
+                self.send_event(event, false).await
+            }
+            Push::Receipt {
+                event_id,
+                contact_id,
+                delivered_at,
+                read_at,
+            } => {
+                if delivered_at.is_some() {
+                    // Somebody of the same audience took it: it need not come again.
+                    self.open.remove(&event_id);
+                }
+                let frame = DaemonFrame::Receipt {
+                    event_id,
+                    contact_id,
+                    delivered_at: delivered_at.map(format_time),
+                    read_at: read_at.map(format_time),
+                };
+                if self.watched.contains(&contact_id) {
+                    send(&mut self.socket, &frame).await
+                } else {
+                    Ok(())
+                }
+            }
+            Push::Removed {
+                event_id,
+                contact_id,
+            } => {
+                self.open.remove(&event_id);
+                let frame = DaemonFrame::Removed {
+                    event_id,
+                    contact_id,
+                };
+                if self.watched.contains(&contact_id) {
+                    send(&mut self.socket, &frame).await
+                } else {
+                    Ok(())
+                }
+            }
+        }
+    }
+
+    async fn send_event(&mut self, published: Arc<Published>, redelivery: bool) -> Result<(), End> {
+        if published
+            .expires_at
+            .is_some_and(|at| at <= self.shared.clock.now())
+        {
+            return Ok(());
+        }
+        let frame = DaemonFrame::Event {
+            event: &published.json,
+            cursor: cursor(published.seq),
+            redelivery,
+        };
+        send(&mut self.socket, &frame).await?;
+        let position = &mut self.position[published.rank];
+        *position = (*position).max(published.seq);
+        match self.ack {
+            AckMode::Auto => {
+                self.open.remove(&published.id);
+                self.pass_on(AckKind::Delivered, vec![published.id], false)
+                    .await
+            }
+            AckMode::Client => {
+                let now = Instant::now();
+                if self.open.is_empty() {
+                    // The wait for an acknowledgement begins with the first event to acknowledge.
+                    self.last_ack = now;
+                }
+                let open = self.open.entry(published.id).or_insert(Open {
+                    published,
+                    first_sent: now,
+                    sent: now,
+                });
+                open.sent = now;
+                Ok(())
+            }
+        }
+    }
+
+    /// Reads the next part of the first backlog, as much as the window takes.
+    async fn read_backlog(&mut self) -> Result<(), End> {
+        let window = self.window_left();
+        let Some(backlog) = self.backlogs.front() else {
+            return Ok(());
+        };
+        let limit = u32::try_from(window).unwrap_or(u32::MAX);
+        let (tenant, after) = (&self.reader.tenant, backlog.after);
+        let now = self.shared.clock.now();
+        let found = if backlog.contacts.is_empty() {
+            Ok(Vec::new())
+        } else {
+            let contacts = &backlog.contacts;
+            self.shared
+                .events
+                .find_undelivered_realtime(tenant, contacts, after, now, limit)
+                .await
+        };
+        let found = match found {
+            Ok(found) => found,
+            Err(error) => return self.put_off(&error),
+        };
+        let is_drained = found.len() < window;
+        for undelivered in &found {
+            let published = Arc::new(Published::from(undelivered));
+            if let Some(backlog) = self.backlogs.front_mut() {
+                let after = &mut backlog.after[published.rank];
+                *after = (*after).max(published.seq);
+            }
+            let is_seen = undelivered.event.is_visible_to(self.reader.audience, now);
+            if is_seen && !self.open.contains_key(&published.id) {
+                self.send_event(published, true).await?;
+            }
+        }
+        // Confirmed after the first window: from here on nothing of these contacts can be missed.
+        let confirm = self
+            .backlogs
+            .front_mut()
+            .and_then(|backlog| backlog.confirm.take());
+        if is_drained {
+            self.backlogs.pop_front();
+        }
+        match confirm {
+            Some((contacts, denied)) => {
+                let frame = DaemonFrame::Subscribed {
+                    contacts: &contacts,
+                    denied: &denied,
+                };
+                send(&mut self.socket, &frame).await
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn put_off(&mut self, error: &StorageError) -> Result<(), End> {
+        tracing::debug!(connection = self.connection, error = %chain(error), "could not read a backlog");
+        if !error.is_transient() {
+            return Err(End::Close(Close::ShuttingDown));
+        }
+        self.backlog_at = Instant::now() + BACKLOG_RETRY;
+        Ok(())
+    }
+
+    /// Sends again what was not acknowledged, and ends a connection whose time is over.
+    async fn tick(&mut self) -> Result<(), End> {
+        let now = self.shared.clock.now();
+        if now >= self.identity.expires_at + TimeDelta::seconds(30) {
+            return Err(End::Close(Close::NotAuthenticated));
+        }
+        let (at, timeout) = (Instant::now(), self.shared.ack_timeout);
+        self.open.retain(|_, open| {
+            open.published
+                .expires_at
+                .is_none_or(|expires_at| expires_at > now)
+        });
+        let oldest = self.open.values().map(|open| open.first_sent).min();
+        if oldest.is_some_and(|sent| at.duration_since(sent.max(self.last_ack)) >= timeout * 2) {
+            return Err(End::Close(Close::NotAcknowledging));
+        }
+        let mut again: Vec<Arc<Published>> = self
+            .open
+            .values()
+            .filter(|open| at.duration_since(open.sent) >= timeout)
+            .map(|open| open.published.clone())
+            .collect();
+        again.sort_by_key(|published| (published.rank, published.seq));
+        for published in again {
+            self.send_event(published, true).await?;
+        }
+        Ok(())
+    }
+
+    async fn refuse(
+        &mut self,
+        problem: &str,
+        title: &str,
+        status: u16,
+        detail: String,
+    ) -> Result<(), End> {
+        send(
+            &mut self.socket,
+            &DaemonFrame::Error {
+                problem,
+                title,
+                status,
+                detail,
+            },
+        )
+        .await
+    }
+}
+
+/// The place of an event in the order of recording, opaque to clients.
+fn cursor(seq: i64) -> String {
+    format!("{seq:x}")
+}
+
+/// Waits for the first frame, which must be a token.
+async fn authenticate(shared: &SessionSettings, socket: &mut WebSocket) -> Result<Identity, End> {
+    let received = tokio::select! {
+        received = tokio::time::timeout(AUTH_TIME, first_text(socket)) => received,
+        () = shared.stop.cancelled() => return Err(End::Close(Close::ShuttingDown)),
+    };
+    let Ok(text) = received else {
+        return Err(End::Close(Close::NotAuthenticated));
+    };
+    match serde_json::from_str(&text?) {
+        Ok(ClientFrame::Auth { token }) => shared.access.verify(&token).map_err(|error| {
+            tracing::debug!(%error, "a socket's token is not taken");
+            End::Close(Close::NotAuthenticated)
+        }),
+        Ok(_) => Err(End::Close(Close::NotAuthenticated)),
+        Err(_) => Err(End::Close(Close::BadFrame)),
+    }
+}
+
+async fn first_text(socket: &mut WebSocket) -> Result<axum::extract::ws::Utf8Bytes, End> {
+    loop {
+        match socket.recv().await {
+            Some(Ok(Message::Text(text))) => return Ok(text),
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+            Some(Ok(Message::Binary(_))) => return Err(End::Close(Close::BadFrame)),
+            _ => return Err(End::Gone),
+        }
+    }
+}
+
+async fn send(socket: &mut WebSocket, frame: &DaemonFrame<'_>) -> Result<(), End> {
+    let text = serde_json::to_string(frame).expect("a frame serialises");
+    match tokio::time::timeout(SEND_TIME, socket.send(Message::text(text))).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(_gone)) => Err(End::Gone),
+        Err(_slow) => Err(End::Close(Close::NotAcknowledging)),
+    }
+}
+
+/// Says why, and closes.
+async fn bye(socket: &mut WebSocket, end: &End) {
+    let End::Close(close) = end else { return };
+    let retry_ms = RETRY_MS + rand::random_range(0..=RETRY_SPREAD_MS);
+    let frame = DaemonFrame::Bye {
+        code: close.code(),
+        retry_ms,
+    };
+    if send(socket, &frame).await.is_ok() {
+        let frame = CloseFrame {
+            code: close.code(),
+            reason: close.reason().into(),
+        };
+        // The client may be gone by now; there is nobody to tell.
+        drop(tokio::time::timeout(SEND_TIME, socket.send(Message::Close(Some(frame)))).await);
+    }
+}
