@@ -24,7 +24,7 @@ use crate::config::{Config, DatabaseUrl, JobDefinition, JobKind, Synchronous};
 use crate::domain::{Clock, Retention, RunId};
 use crate::export::{ExportSettings, Exporter};
 use crate::jobs::{Deliver, Job, Pulse, Purge, Runner, RunnerSettings, ScheduleExports};
-use crate::live::{Acknowledger, Hub, Pump, SessionSettings};
+use crate::live::{Acknowledger, Hub, LiveCounts, Pump, SessionSettings};
 use crate::mail::Mailer;
 use crate::storage::Storage;
 use crate::storage::postgres::PgStorage;
@@ -125,20 +125,26 @@ impl Daemon {
         let pulse = Pulse::default();
         let metrics = Arc::new(Metrics::default());
 
+        let counts = Arc::new(LiveCounts::default());
         let pump = Pump::new(
             storage.events.clone(),
             hub.clone(),
             clock.clone(),
             delivery_batch(&config.jobs).unwrap_or(DEFAULT_BATCH),
             pump_wake.clone(),
+            counts.clone(),
         );
         let pump = Arc::new(pump.await.context("cannot read the outbox")?);
         if delivery_batch(&config.jobs).is_some() {
             let (pump, stop) = (pump.clone(), stop.clone());
             tracker.spawn(async move { pump.run(stop).await });
         }
-        let (acknowledger, acks, queue) =
-            Acknowledger::new(storage.events.clone(), hub.clone(), clock.clone());
+        let (acknowledger, acks, queue) = Acknowledger::new(
+            storage.events.clone(),
+            hub.clone(),
+            clock.clone(),
+            counts.clone(),
+        );
         writers.spawn(acknowledger.run(queue, abort.clone()));
 
         let exporter = Exporter::new(
@@ -154,6 +160,7 @@ impl Daemon {
             storage: &storage,
             clock: &clock,
             pump: &pump,
+            counts: &counts,
             export_wake: &export_wake,
         };
         let jobs: Vec<_> = config
@@ -320,13 +327,16 @@ struct JobParts<'a> {
     storage: &'a Storage,
     clock: &'a Arc<dyn Clock>,
     pump: &'a Arc<Pump>,
+    counts: &'a Arc<LiveCounts>,
     export_wake: &'a Arc<Notify>,
 }
 
 impl JobParts<'_> {
     fn job(&self, definition: &JobDefinition) -> Arc<dyn Job> {
         match &definition.kind {
-            JobKind::RealtimeDelivery { .. } => Arc::new(Deliver::new(self.pump.clone())),
+            JobKind::RealtimeDelivery { .. } => {
+                Arc::new(Deliver::new(self.pump.clone(), self.counts.clone()))
+            }
             JobKind::PurgeExpired {
                 older_than,
                 dry_run,

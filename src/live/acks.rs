@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::Hub;
+use super::{Hub, LiveCounts};
 use crate::domain::{Audience, Clock, ContactId, EventId, Subject, TenantId};
 use crate::storage::{EventRepository, Receipt, StorageResult, View};
 use crate::telemetry::chain;
@@ -54,6 +55,7 @@ pub struct Acknowledger {
     events: Arc<dyn EventRepository>,
     hub: Arc<Hub>,
     clock: Arc<dyn Clock>,
+    counts: Arc<LiveCounts>,
 }
 
 /// Acknowledgements that one statement can write.
@@ -73,13 +75,23 @@ impl Acknowledger {
         events: Arc<dyn EventRepository>,
         hub: Arc<Hub>,
         clock: Arc<dyn Clock>,
+        counts: Arc<LiveCounts>,
     ) -> (
         Self,
         mpsc::Sender<Acknowledgement>,
         mpsc::Receiver<Acknowledgement>,
     ) {
         let (sender, receiver) = mpsc::channel(QUEUE);
-        (Self { events, hub, clock }, sender, receiver)
+        (
+            Self {
+                events,
+                hub,
+                clock,
+                counts,
+            },
+            sender,
+            receiver,
+        )
     }
 
     /// Writes until every sender is gone, or `abort`.
@@ -159,7 +171,12 @@ impl Acknowledger {
                 let audience = Some(group.audience);
                 self.events
                     .mark_delivered(&group.tenant, audience, ids, contacts, &group.by, now)
-                    .await?
+                    .await
+                    .inspect(|ended| {
+                        self.counts
+                            .delivered
+                            .fetch_add(ended.len() as u64, Ordering::Relaxed);
+                    })?
             }
             AckKind::Read => {
                 let view = View::of(group.audience, now);

@@ -13,5 +13,5 @@ mod session;
 
 pub use acks::{AckKind, Acknowledgement, Acknowledger};
 pub use hub::{Hub, Push};
-pub use pump::{Pump, PumpCounts};
+pub use pump::{LiveCounts, Pump};
 pub use session::{Session, SessionSettings};

@@ -14,13 +14,15 @@ use crate::telemetry::chain;
 /// Waiting deliveries that are recorded as expired in one transaction.
 const EXPIRE_BATCH: u32 = 1000;
 
-/// What looks did since the counts were last taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct PumpCounts {
+/// What was done since it was last taken; the delivery job's next run tells it.
+#[derive(Debug, Default)]
+pub struct LiveCounts {
     /// Events handed to at least one connection.
-    pub pushed: u64,
+    pub pushed: AtomicU64,
+    /// Deliveries that were acknowledged.
+    pub delivered: AtomicU64,
     /// Deliveries recorded as expired.
-    pub expired: u64,
+    pub expired: AtomicU64,
 }
 
 /// Looks at the tail of the outbox when told to.
@@ -34,8 +36,7 @@ pub struct Pump {
     mark: Mutex<TailMark>,
     /// A commit of this daemon, which makes the next look come at once.
     wake: Arc<Notify>,
-    pushed: AtomicU64,
-    expired: AtomicU64,
+    counts: Arc<LiveCounts>,
 }
 
 impl Pump {
@@ -50,6 +51,7 @@ impl Pump {
         clock: Arc<dyn Clock>,
         batch: u32,
         wake: Arc<Notify>,
+        counts: Arc<LiveCounts>,
     ) -> StorageResult<Self> {
         let mark = Mutex::new(events.tail_end().await?);
         let batch = batch as usize;
@@ -60,8 +62,7 @@ impl Pump {
             batch,
             mark,
             wake,
-            pushed: AtomicU64::new(0),
-            expired: AtomicU64::new(0),
+            counts,
         })
     }
 
@@ -90,7 +91,7 @@ impl Pump {
                 .events
                 .expire_undelivered(self.clock.now(), EXPIRE_BATCH)
                 .await?;
-            self.expired.fetch_add(expired, Ordering::Relaxed);
+            self.counts.expired.fetch_add(expired, Ordering::Relaxed);
             if expired < u64::from(EXPIRE_BATCH) {
                 return Ok(());
             }
@@ -112,17 +113,11 @@ impl Pump {
                 .iter()
                 .filter(|undelivered| self.hub.publish(undelivered, now))
                 .count();
-            self.pushed.fetch_add(pushed as u64, Ordering::Relaxed);
+            self.counts
+                .pushed
+                .fetch_add(pushed as u64, Ordering::Relaxed);
         }
         *mark = tail.mark;
         Ok(())
-    }
-
-    /// What was done since the last call.
-    pub fn take_counts(&self) -> PumpCounts {
-        PumpCounts {
-            pushed: self.pushed.swap(0, Ordering::Relaxed),
-            expired: self.expired.swap(0, Ordering::Relaxed),
-        }
     }
 }

@@ -34,6 +34,8 @@ const AUTH_TIME: Duration = Duration::from_secs(10);
 const SEND_TIME: Duration = Duration::from_secs(30);
 /// Pushes that may wait for a session; more are read from the store.
 const PUSHES: usize = 256;
+/// Events that a session remembers as sent: more than a window and the pushes that may wait.
+const RECENT: usize = 1024;
 /// Between two looks at what was not acknowledged and whether the token is over.
 const TICK: Duration = Duration::from_secs(1);
 /// How long after `bye` a client waits at least, and the spread that keeps all from coming at once.
@@ -77,6 +79,33 @@ struct Open {
     sent: Instant,
 }
 
+/// The events that were sent last. A push may come behind the store's copy of the same event, even
+/// after its acknowledgement; it is known by its id, since on PostgreSQL a late commit has a lower
+/// seq than what was sent before.
+#[derive(Default)]
+struct Recent {
+    order: VecDeque<EventId>,
+    ids: HashSet<EventId>,
+}
+
+impl Recent {
+    fn insert(&mut self, id: EventId) {
+        if !self.ids.insert(id) {
+            return;
+        }
+        self.order.push_back(id);
+        if self.order.len() > RECENT
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.ids.remove(&oldest);
+        }
+    }
+
+    fn contains(&self, id: EventId) -> bool {
+        self.ids.contains(&id)
+    }
+}
+
 /// Contacts whose backlog is being read, and how far.
 struct Backlog {
     contacts: Vec<ContactId>,
@@ -95,6 +124,7 @@ pub struct Session {
     watched: HashSet<ContactId>,
     ack: AckMode,
     open: HashMap<EventId, Open>,
+    recent: Recent,
     /// For each rank, the newest seq that was sent.
     position: [i64; 4],
     backlogs: VecDeque<Backlog>,
@@ -137,6 +167,7 @@ impl Session {
                     watched: HashSet::new(),
                     ack: AckMode::Client,
                     open: HashMap::new(),
+                    recent: Recent::default(),
                     position: [0; 4],
                     backlogs: VecDeque::new(),
                     backlog_at: now,
@@ -189,6 +220,10 @@ impl Session {
             window: self.shared.window,
         };
         send(&mut self.socket, &frame).await
+    }
+
+    fn was_sent(&self, id: EventId) -> bool {
+        self.open.contains_key(&id) || self.recent.contains(id)
     }
 
     fn window_left(&self) -> usize {
@@ -416,7 +451,7 @@ impl Session {
     async fn take(&mut self, push: Push) -> Result<(), End> {
         match push {
             Push::Event(event) => {
-                if !self.watched.contains(&event.contact_id) || self.open.contains_key(&event.id) {
+                if !self.watched.contains(&event.contact_id) || self.was_sent(event.id) {
                     return Ok(());
                 }
                 // In order: what is live waits until the backlog is read and the window is open.
@@ -479,6 +514,7 @@ impl Session {
             redelivery,
         };
         send(&mut self.socket, &frame).await?;
+        self.recent.insert(published.id);
         let position = &mut self.position[published.rank];
         *position = (*position).max(published.seq);
         match self.ack {
@@ -534,7 +570,7 @@ impl Session {
                 *after = (*after).max(published.seq);
             }
             let is_seen = undelivered.event.is_visible_to(self.reader.audience, now);
-            if is_seen && !self.open.contains_key(&published.id) {
+            if is_seen && !self.was_sent(published.id) {
                 self.send_event(published, true).await?;
             }
         }
