@@ -22,7 +22,7 @@ use crate::access::Access;
 use crate::api::{self, ExportsApi, Health, JobsApi, LiveApi, OpsApi, Parts};
 use crate::config::{Config, DatabaseUrl, JobDefinition, JobKind, Synchronous};
 use crate::domain::{Clock, Retention, RunId};
-use crate::export::{ExportSettings, Exporter};
+use crate::export::{self, Exporter};
 use crate::jobs::{Deliver, Job, Pulse, Purge, Runner, RunnerSettings, ScheduleExports};
 use crate::live::{Acknowledger, Hub, LiveCounts, Pump, SessionSettings};
 use crate::mail::Mailer;
@@ -377,12 +377,15 @@ pub fn purge(
 
 /// What the export worker needs of the configuration.
 #[must_use]
-pub fn export_settings(config: &Config, bound: SocketAddr, worker: Uuid) -> ExportSettings {
-    ExportSettings {
+pub fn export_settings(config: &Config, bound: SocketAddr, worker: Uuid) -> export::Settings {
+    export::Settings {
         directory: config.export.directory.clone(),
         keep: config.export.keep,
         public_url: config.http.link_base(bound),
         worker,
+        from: config.mail.from.clone(),
+        max_attachment: config.mail.max_attachment,
+        uncertain: config.mail.uncertain,
     }
 }
 
@@ -409,10 +412,10 @@ pub async fn open_storage(config: &Config) -> anyhow::Result<Storage> {
             Ok(Storage::sqlite(storage))
         }
         DatabaseUrl::Postgres(url) => {
-            let storage = PgStorage::open(std::path::Path::new(url.expose_secret()), true)
+            let storage = PgStorage::open(url.expose_secret())
                 .await
                 .context("cannot reach the PostgreSQL of database.url")?;
-            Ok(Storage::sqlite(storage))
+            Ok(Storage::postgres(storage))
         }
     }
 }

@@ -31,7 +31,7 @@ pub struct Health {
 }
 
 /// A named check: ready, or why not.
-pub type Check = (&'static str, Result<(), String>);
+type Check = (&'static str, Result<(), String>);
 
 impl Health {
     /// Whether the planner works and the database answers in time. An error in time is an answer.
@@ -41,7 +41,7 @@ impl Health {
     }
 
     /// Every check.
-    pub async fn checks(&self) -> Vec<Check> {
+    async fn checks(&self) -> Vec<Check> {
         let database = match tokio::time::timeout(DATABASE_TIME, self.storage.ledger.now()).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) => Err(chain(&error)),

@@ -60,7 +60,7 @@ pub(super) struct Options {
     #[arg(long, default_value = "UTC")]
     timezone: chrono_tz::Tz,
     /// A field whose content is left out; may be repeated.
-    #[arg(long, value_name = "FIELD", value_parser = REDACTABLE.to_vec())]
+    #[arg(long, value_name = "FIELD", value_parser = REDACTABLE)]
     redact: Vec<String>,
     /// Mail where the file is instead of the file.
     #[arg(long, requires = "to")]

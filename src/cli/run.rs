@@ -15,7 +15,10 @@ pub(super) async fn run(global: &Global) -> Done {
     // Three lines for whoever types `cargo run`; a service's journal shows them too.
     out(&format!("listening on  http://{}", daemon.address()))?;
     out(&format!("state is in   {}", state.display()))?;
-    out(&format!("get a token   {} token --tenant acme --role service", program(global)))?;
+    out(&format!(
+        "get a token   {} token --tenant acme --role service",
+        program(global)
+    ))?;
     match serve(daemon, signals).await {
         Ended::Stopped => Ok(()),
         Ended::Failed => Err(Failure::Other(anyhow::anyhow!(
@@ -26,7 +29,9 @@ pub(super) async fn run(global: &Global) -> Done {
 
 /// How this program was called, so that the command can be pasted.
 fn program(global: &Global) -> String {
-    let name = std::env::args().next().unwrap_or_else(|| "timelined".to_owned());
+    let name = std::env::args()
+        .next()
+        .unwrap_or_else(|| "timelined".to_owned());
     match &global.config {
         Some(file) => format!("{name} --config {}", file.display()),
         None => name,

@@ -175,7 +175,8 @@ pub struct Rendered {
 pub struct ClaimedDelivery {
     /// The export, rendered.
     pub export: Export,
-    /// The mail; its `attempt` counts this one.
+    /// The mail; its `attempt` counts this one, its `state` is the one before: `Sending`, where an
+    /// attempt was cut short, and `Uncertain` say that it may have gone out already.
     pub delivery: ExportDelivery,
 }
 

@@ -47,6 +47,7 @@ pub struct Storage {
 #[derive(Clone)]
 enum Closer {
     Sqlite(sqlite::SqliteStorage),
+    Postgres(postgres::PgStorage),
 }
 
 impl Storage {
@@ -63,11 +64,25 @@ impl Storage {
         }
     }
 
+    /// The storage on a PostgreSQL database.
+    #[must_use]
+    pub fn postgres(storage: postgres::PgStorage) -> Self {
+        let shared = Arc::new(storage.clone());
+        Self {
+            events: shared.clone(),
+            ledger: shared.clone(),
+            exports: shared,
+            failed: CancellationToken::new(),
+            closer: Closer::Postgres(storage),
+        }
+    }
+
     /// The engine's name, as logs and `/readyz` say it.
     #[must_use]
     pub fn engine(&self) -> &'static str {
         match &self.closer {
             Closer::Sqlite(_) => "sqlite",
+            Closer::Postgres(_) => "postgres",
         }
     }
 
@@ -84,6 +99,7 @@ impl Storage {
     pub async fn migrate(&self) -> StorageResult<()> {
         match &self.closer {
             Closer::Sqlite(storage) => storage.migrate().await,
+            Closer::Postgres(storage) => storage.migrate().await,
         }
     }
 
@@ -94,6 +110,7 @@ impl Storage {
     pub async fn check_schema(&self) -> StorageResult<()> {
         match &self.closer {
             Closer::Sqlite(storage) => storage.check_schema().await,
+            Closer::Postgres(storage) => storage.check_schema().await,
         }
     }
 
@@ -101,6 +118,7 @@ impl Storage {
     pub async fn close(&self) {
         match &self.closer {
             Closer::Sqlite(storage) => storage.close().await,
+            Closer::Postgres(storage) => storage.close().await,
         }
     }
 }

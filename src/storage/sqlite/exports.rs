@@ -286,22 +286,36 @@ impl ExportStore for SqliteStorage {
             .writer
             .write(move |db| {
                 Box::pin(async move {
+                    // returning gives the values after the change, hence the state beforehand
+                    let due: Option<(i64, String)> = sqlx::query_as(
+                        "select rowid, state from export_deliveries
+                         where state in ('pending', 'sending', 'deferred', 'uncertain')
+                           and next_attempt_at <= $1
+                           and (claimed_until is null or claimed_until <= $1)
+                         order by next_attempt_at limit 1",
+                    )
+                    .bind(at(now))
+                    .fetch_optional(&mut *db)
+                    .await?;
+                    let Some((rowid, state)) = due else {
+                        return Ok(None);
+                    };
                     let row = sqlx::query(concat!(
                         "update export_deliveries
-                         set state = 'sending', claimed_by = $1, claimed_until = $3, attempt = attempt + 1
-                         where rowid = (select rowid from export_deliveries
-                                        where state in ('pending', 'sending', 'deferred', 'uncertain')
-                                          and next_attempt_at <= $2
-                                          and (claimed_until is null or claimed_until <= $2)
-                                        order by next_attempt_at limit 1)
+                         set state = 'sending', claimed_by = $1, claimed_until = $2, attempt = attempt + 1
+                         where rowid = $3
                          returning tenant_id, ", delivery_columns!()
                     ))
                     .bind(text(worker))
-                    .bind(at(now))
                     .bind(at(until))
-                    .fetch_optional(db)
+                    .bind(rowid)
+                    .fetch_one(db)
                     .await?;
-                    row.map(|row| Ok((rows::tenant(&row)?, rows::delivery(&row)?))).transpose()
+                    let (id, mut delivery) = rows::delivery(&row)?;
+                    if let Ok(before) = state.parse() {
+                        delivery.state = before;
+                    }
+                    Ok(Some((rows::tenant(&row)?, (id, delivery))))
                 })
             })
             .await?;

@@ -1,0 +1,543 @@
+//! The export queue on PostgreSQL, shared by any number of daemons.
+
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use sqlx::Row;
+use sqlx::postgres::PgRow;
+use uuid::Uuid;
+
+use super::events::event_columns;
+use super::{PgStorage, set};
+use crate::domain::{Category, ContactId, ExportId, TenantId};
+use crate::storage::events::{Filter, Key, Slice, View, bounds, last_key};
+use crate::storage::exports::{
+    ClaimedDelivery, DeliveryOutcome, Export, ExportDelivery, ExportStore, NewExport, Rendered,
+};
+use crate::storage::rows::{self, Columns};
+use crate::storage::{Page, StorageResult};
+
+macro_rules! export_columns {
+    () => {
+        "id, tenant_id, contact_id, format, audience, since, until, categories, timezone, redact, attach, \
+         requested_by, created_at, through_seq, state, attempt, started_at, rendered_at, finished_at, \
+         expires_at, total_rows, rows, bytes, sha256, file_name, error"
+    };
+}
+
+macro_rules! delivery_columns {
+    () => {
+        "export_id, recipient, message_id, state, attempt, next_attempt_at, sent_at, error"
+    };
+}
+
+type Deliveries = Vec<(ExportId, ExportDelivery)>;
+
+fn deliveries(rows: &[PgRow]) -> StorageResult<Deliveries> {
+    rows.iter().map(rows::delivery).collect()
+}
+
+fn names(categories: &[Category]) -> Vec<&'static str> {
+    categories
+        .iter()
+        .map(|category| category.as_str())
+        .collect()
+}
+
+impl PgStorage {
+    async fn with_deliveries(
+        &self,
+        tenant: &TenantId,
+        rows: &[PgRow],
+    ) -> StorageResult<Vec<Export>> {
+        let mut exports: Vec<Export> = rows
+            .iter()
+            .map(rows::export)
+            .collect::<StorageResult<_>>()?;
+        let ids: Vec<ExportId> = exports.iter().map(|export| export.id).collect();
+        let found = sqlx::query(concat!(
+            "select ",
+            delivery_columns!(),
+            " from export_deliveries
+             where tenant_id = $1 and export_id = any($2)
+             order by export_id, recipient"
+        ))
+        .bind(tenant.as_str())
+        .bind(set(&ids, ExportId::uuid))
+        .fetch_all(&self.worker)
+        .await?;
+        rows::attach(&mut exports, deliveries(&found)?);
+        Ok(exports)
+    }
+}
+
+#[async_trait]
+impl ExportStore for PgStorage {
+    async fn create(&self, export: &NewExport) -> StorageResult<ExportId> {
+        let request = &export.request;
+        let mut transaction = self.worker.begin().await?;
+        let added = sqlx::query(
+            "insert into exports (tenant_id, id, contact_id, format, audience, since, until, categories, timezone,
+                                  redact, attach, requested_by, request_key, created_at, through_seq, state, next_attempt_at)
+             select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14,
+                    -- the sequence's own row: one read, where max(seq) would need an index
+                    coalesce((select s.last_value from pg_sequences s
+                              where format('%I.%I', s.schemaname, s.sequencename)
+                                    = pg_get_serial_sequence('contact_events', 'seq')), 0),
+                    'queued', $14
+             on conflict (tenant_id, request_key) do nothing",
+        )
+        .bind(export.tenant_id.as_str())
+        .bind(export.id.uuid())
+        .bind(request.contact_id.uuid())
+        .bind(&request.format)
+        .bind(request.audience.as_str())
+        .bind(request.since)
+        .bind(request.until)
+        .bind(names(&request.categories))
+        .bind(request.timezone.name())
+        .bind(&request.redact)
+        .bind(request.attach)
+        .bind(export.requested_by.as_str())
+        .bind(export.request_key.as_deref())
+        .bind(export.created_at)
+        .execute(&mut *transaction)
+        .await?;
+        if added.rows_affected() == 0 {
+            let row =
+                sqlx::query("select id from exports where tenant_id = $1 and request_key = $2")
+                    .bind(export.tenant_id.as_str())
+                    .bind(export.request_key.as_deref())
+                    .fetch_one(&mut *transaction)
+                    .await?;
+            let id = row.uuid("id")?.and_then(|id| ExportId::new(id).ok());
+            return Ok(id.unwrap_or(export.id));
+        }
+        sqlx::query(
+            "insert into export_deliveries (tenant_id, export_id, recipient, message_id, state)
+             select $1, $2, recipient, message_id, 'pending'
+             from unnest($3::text[], $4::text[]) as mails (recipient, message_id)",
+        )
+        .bind(export.tenant_id.as_str())
+        .bind(export.id.uuid())
+        .bind(&request.to)
+        .bind(&export.message_ids)
+        .execute(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        Ok(export.id)
+    }
+
+    async fn find(&self, tenant: &TenantId, id: ExportId) -> StorageResult<Option<Export>> {
+        let found = sqlx::query(concat!(
+            "select ",
+            export_columns!(),
+            " from exports where tenant_id = $1 and id = $2"
+        ))
+        .bind(tenant.as_str())
+        .bind(id.uuid())
+        .fetch_all(&self.worker)
+        .await?;
+        Ok(self.with_deliveries(tenant, &found).await?.pop())
+    }
+
+    async fn list(
+        &self,
+        tenant: &TenantId,
+        before: Option<ExportId>,
+        limit: u32,
+    ) -> StorageResult<Vec<Export>> {
+        let found = sqlx::query(concat!(
+            "select ",
+            export_columns!(),
+            " from exports
+             where tenant_id = $1 and ($2::uuid is null or id < $2)
+             order by id desc limit $3"
+        ))
+        .bind(tenant.as_str())
+        .bind(before.map(ExportId::uuid))
+        .bind(i64::from(limit))
+        .fetch_all(&self.worker)
+        .await?;
+        self.with_deliveries(tenant, &found).await
+    }
+
+    async fn claim_render(
+        &self,
+        worker: Uuid,
+        now: DateTime<Utc>,
+        until: DateTime<Utc>,
+    ) -> StorageResult<Option<Export>> {
+        let row = sqlx::query(concat!(
+            "update exports
+             set state = 'running', claimed_by = $1, claimed_until = $3, attempt = attempt + 1,
+                 started_at = coalesce(started_at, $2), rows = 0
+             where (tenant_id, id) = (select tenant_id, id from exports
+                                      where state in ('queued', 'running') and rendered_at is null
+                                        and next_attempt_at <= $2
+                                        and (claimed_until is null or claimed_until <= $2)
+                                      order by next_attempt_at limit 1
+                                      for update skip locked)
+             returning ",
+            export_columns!()
+        ))
+        .bind(worker)
+        .bind(now)
+        .bind(until)
+        .fetch_optional(&self.worker)
+        .await?;
+        match row.as_ref().map(rows::export).transpose()? {
+            Some(export) => self.find(&export.tenant_id, export.id).await,
+            None => Ok(None),
+        }
+    }
+
+    async fn progress(
+        &self,
+        export: &Export,
+        worker: Uuid,
+        rows: u64,
+        total: u64,
+        until: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        let kept = sqlx::query(
+            "update exports set rows = $4, total_rows = $5, claimed_until = $6
+             where tenant_id = $1 and id = $2 and claimed_by = $3 and state = 'running'",
+        )
+        .bind(export.tenant_id.as_str())
+        .bind(export.id.uuid())
+        .bind(worker)
+        .bind(rows.cast_signed())
+        .bind(total.cast_signed())
+        .bind(until)
+        .execute(&self.worker)
+        .await?;
+        Ok(kept.rows_affected() == 1)
+    }
+
+    async fn rendered(
+        &self,
+        export: &Export,
+        worker: Uuid,
+        file: &Rendered,
+    ) -> StorageResult<bool> {
+        let mut transaction = self.worker.begin().await?;
+        let kept = sqlx::query(
+            "update exports
+             set rows = $4, total_rows = $4, bytes = $5, sha256 = $6, file_name = $7, rendered_at = $8,
+                 expires_at = $9, claimed_by = null, claimed_until = null, error = null,
+                 state = case when exists (select 1 from export_deliveries d
+                                           where d.tenant_id = $1 and d.export_id = $2)
+                              then 'running' else 'done' end,
+                 finished_at = case when exists (select 1 from export_deliveries d
+                                                 where d.tenant_id = $1 and d.export_id = $2)
+                                    then null else $8 end
+             where tenant_id = $1 and id = $2 and claimed_by = $3 and state = 'running'",
+        )
+        .bind(export.tenant_id.as_str())
+        .bind(export.id.uuid())
+        .bind(worker)
+        .bind(file.rows.cast_signed())
+        .bind(file.bytes.cast_signed())
+        .bind(&file.sha256)
+        .bind(&file.file_name)
+        .bind(file.at)
+        .bind(file.expires_at)
+        .execute(&mut *transaction)
+        .await?;
+        if kept.rows_affected() == 0 {
+            return Ok(false);
+        }
+        sqlx::query(
+            "update export_deliveries set next_attempt_at = $3
+             where tenant_id = $1 and export_id = $2 and state = 'pending'",
+        )
+        .bind(export.tenant_id.as_str())
+        .bind(export.id.uuid())
+        .bind(file.at)
+        .execute(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        Ok(true)
+    }
+
+    async fn render_failed(
+        &self,
+        export: &Export,
+        worker: Uuid,
+        error: &str,
+        next_attempt_at: Option<DateTime<Utc>>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        sqlx::query(
+            "update exports
+             set state = case when $5::timestamptz is null then 'failed' else 'queued' end,
+                 finished_at = case when $5 is null then $6::timestamptz end,
+                 next_attempt_at = coalesce($5, next_attempt_at),
+                 error = $4, claimed_by = null, claimed_until = null
+             where tenant_id = $1 and id = $2 and claimed_by = $3 and state = 'running'",
+        )
+        .bind(export.tenant_id.as_str())
+        .bind(export.id.uuid())
+        .bind(worker)
+        .bind(error)
+        .bind(next_attempt_at)
+        .bind(now)
+        .execute(&self.worker)
+        .await?;
+        Ok(())
+    }
+
+    async fn claim_delivery(
+        &self,
+        worker: Uuid,
+        now: DateTime<Utc>,
+        until: DateTime<Utc>,
+    ) -> StorageResult<Option<ClaimedDelivery>> {
+        let row = sqlx::query(
+            // returning gives the values after the change, hence the state beforehand
+            "with due as (
+                 select tenant_id, export_id, recipient, state from export_deliveries
+                 where state in ('pending', 'sending', 'deferred', 'uncertain') and next_attempt_at <= $2
+                   and (claimed_until is null or claimed_until <= $2)
+                 order by next_attempt_at limit 1
+                 for update skip locked)
+             update export_deliveries d
+             set state = 'sending', claimed_by = $1, claimed_until = $3, attempt = d.attempt + 1
+             from due
+             where d.tenant_id = due.tenant_id and d.export_id = due.export_id and d.recipient = due.recipient
+             returning d.tenant_id, d.export_id, d.recipient, d.message_id, due.state, d.attempt,
+                       d.next_attempt_at, d.sent_at, d.error",
+        )
+        .bind(worker)
+        .bind(now)
+        .bind(until)
+        .fetch_optional(&self.worker)
+        .await?;
+        let Some(row) = row else { return Ok(None) };
+        let (id, delivery) = rows::delivery(&row)?;
+        let export = self.find(&rows::tenant(&row)?, id).await?;
+        Ok(export.map(|export| ClaimedDelivery { export, delivery }))
+    }
+
+    async fn delivery_ended(
+        &self,
+        claimed: &ClaimedDelivery,
+        worker: Uuid,
+        outcome: &DeliveryOutcome,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        let (tenant, id) = (&claimed.export.tenant_id, claimed.export.id);
+        let (state, next, sent_at, error) = outcome.clone().columns();
+        let mut transaction = self.worker.begin().await?;
+        // Two workers may end two mails of one export at once: the second waits here, so that the
+        // last one sees that all are over.
+        sqlx::query("select 1 from exports where tenant_id = $1 and id = $2 for update")
+            .bind(tenant.as_str())
+            .bind(id.uuid())
+            .execute(&mut *transaction)
+            .await?;
+        sqlx::query(
+            "update export_deliveries
+             set state = $5, next_attempt_at = $6, sent_at = $7, error = $8,
+                 claimed_by = null, claimed_until = null
+             where tenant_id = $1 and export_id = $2 and recipient = $3 and claimed_by = $4",
+        )
+        .bind(tenant.as_str())
+        .bind(id.uuid())
+        .bind(&claimed.delivery.to)
+        .bind(worker)
+        .bind(state.as_str())
+        .bind(next)
+        .bind(sent_at)
+        .bind(error)
+        .execute(&mut *transaction)
+        .await?;
+        // Done with the first mail that went out; failed when all are dead.
+        sqlx::query(
+            "update exports
+             set state = case when exists (select 1 from export_deliveries d
+                                           where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
+                              then 'done' else 'failed' end,
+                 finished_at = coalesce(finished_at, $3),
+                 error = case when exists (select 1 from export_deliveries d
+                                           where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
+                              then null else 'every mail was refused' end
+             where tenant_id = $1 and id = $2 and state in ('running', 'failed')
+               and (exists (select 1 from export_deliveries d
+                            where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
+                    or not exists (select 1 from export_deliveries d
+                                   where d.tenant_id = $1 and d.export_id = $2 and d.state <> 'dead'))",
+        )
+        .bind(tenant.as_str())
+        .bind(id.uuid())
+        .bind(now)
+        .execute(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        Ok(())
+    }
+
+    async fn release(&self, worker: Option<Uuid>) -> StorageResult<()> {
+        let mut transaction = self.worker.begin().await?;
+        sqlx::query(
+            "update exports
+             set claimed_by = null, claimed_until = null, state = 'queued', attempt = greatest(attempt - 1, 0)
+             where state = 'running' and rendered_at is null and claimed_by is not null
+               and ($1::uuid is null or claimed_by = $1)",
+        )
+        .bind(worker)
+        .execute(&mut *transaction)
+        .await?;
+        // Whether the server had taken it is not known: it goes out again with its id.
+        sqlx::query(
+            "update export_deliveries
+             set claimed_by = null, claimed_until = null, state = 'uncertain'
+             where state = 'sending' and claimed_by is not null and ($1::uuid is null or claimed_by = $1)",
+        )
+        .bind(worker)
+        .execute(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        Ok(())
+    }
+
+    async fn expire(&self, now: DateTime<Utc>, limit: u32) -> StorageResult<Vec<String>> {
+        let rows = sqlx::query(
+            "with old as (
+                 select tenant_id, id, file_name from exports
+                 where file_name is not null and expires_at <= $1
+                 order by expires_at limit $2
+                 for update skip locked),
+             gone as (
+                 update exports e set state = 'expired', file_name = null
+                 from old where e.tenant_id = old.tenant_id and e.id = old.id),
+             ended as (
+                 update export_deliveries d set state = 'dead', error = 'the file had expired'
+                 from old
+                 where d.tenant_id = old.tenant_id and d.export_id = old.id
+                   and d.state in ('pending', 'deferred', 'uncertain'))
+             select file_name from old",
+        )
+        .bind(now)
+        .bind(i64::from(limit))
+        .fetch_all(&self.worker)
+        .await?;
+        Ok(rows
+            .iter()
+            .map(|row| row.try_get(0))
+            .collect::<Result<_, _>>()?)
+    }
+
+    async fn rows(
+        &self,
+        export: &Export,
+        after: Option<Key>,
+        now: DateTime<Utc>,
+        limit: u32,
+    ) -> StorageResult<Slice> {
+        let request = &export.request;
+        let view = View::of(request.audience, now);
+        let filter = Filter {
+            since: request.since,
+            until: request.until,
+            ..Filter::default()
+        };
+        let (since, until) = bounds(&filter);
+        let page = after.map_or(Page::first(limit), |key| Page::after(limit, key));
+        let (key, _) = last_key(page);
+        // One lower bound for the index: `since` counts until the first key is beyond it.
+        let key = key.max((since, Uuid::nil()));
+        let found = sqlx::query(concat!(
+            "select ",
+            event_columns!(),
+            " from timeline_events e
+             where e.tenant_id = $1 and e.contact_id = $2
+               and (e.occurred_at, e.id) > ($3, $4)
+               and e.occurred_at < $5
+               and (cardinality($6::text[]) = 0 or e.category = any($6))
+               and case $7::text when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else true end
+               and (e.expires_at is null or e.expires_at > $8)
+               and e.seq <= $9
+             order by e.occurred_at, e.id
+             limit $10"
+        ))
+        .bind(export.tenant_id.as_str())
+        .bind(request.contact_id.uuid())
+        .bind(key.0)
+        .bind(key.1)
+        .bind(until)
+        .bind(names(&request.categories))
+        .bind(view.audience.as_str())
+        .bind(now)
+        .bind(export.through_seq)
+        .bind(i64::from(limit) + 1)
+        .fetch_all(&self.worker)
+        .await?;
+        Ok(rows::slice(&found, limit))
+    }
+
+    async fn count_rows(&self, export: &Export, now: DateTime<Utc>) -> StorageResult<u64> {
+        let request = &export.request;
+        let filter = Filter {
+            since: request.since,
+            until: request.until,
+            ..Filter::default()
+        };
+        let (since, until) = bounds(&filter);
+        let count: i64 = sqlx::query_scalar(
+            "select count(*) from contact_events e
+             where e.tenant_id = $1 and e.contact_id = $2 and e.occurred_at >= $3 and e.occurred_at < $4
+               and (cardinality($5::text[]) = 0 or e.category = any($5))
+               and case $6::text when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else true end
+               and (e.expires_at is null or e.expires_at > $7)
+               and e.seq <= $8",
+        )
+        .bind(export.tenant_id.as_str())
+        .bind(request.contact_id.uuid())
+        .bind(since)
+        .bind(until)
+        .bind(names(&request.categories))
+        .bind(request.audience.as_str())
+        .bind(now)
+        .bind(export.through_seq)
+        .fetch_one(&self.worker)
+        .await?;
+        Ok(count.unsigned_abs())
+    }
+
+    async fn active_contacts(
+        &self,
+        tenant: &TenantId,
+        since: DateTime<Utc>,
+        category: Option<Category>,
+        after: Option<ContactId>,
+        limit: u32,
+    ) -> StorageResult<Vec<ContactId>> {
+        // A step per contact through the timeline's index. uuid has no min(), hence the order.
+        let found = sqlx::query(
+            "with recursive contacts (contact_id) as (
+                 (select contact_id from contact_events
+                  where tenant_id = $1 and ($4::uuid is null or contact_id > $4)
+                  order by contact_id limit 1)
+                 union all
+                 select (select e.contact_id from contact_events e
+                         where e.tenant_id = $1 and e.contact_id > c.contact_id
+                         order by e.contact_id limit 1)
+                 from contacts c where c.contact_id is not null)
+             select contact_id from contacts c
+             where contact_id is not null and exists (
+                 select 1 from contact_events e
+                 where e.tenant_id = $1 and e.contact_id = c.contact_id and e.occurred_at >= $2
+                   and ($3::text is null or e.category = $3))
+             limit $5",
+        )
+        .bind(tenant.as_str())
+        .bind(since)
+        .bind(category.map(Category::as_str))
+        .bind(after.map(ContactId::uuid))
+        .bind(i64::from(limit))
+        .fetch_all(&self.worker)
+        .await?;
+        found.iter().map(rows::contact).collect()
+    }
+}

@@ -1,0 +1,208 @@
+//! The runs on PostgreSQL. Due times are judged by the database's clock, the same for all daemons.
+
+use async_trait::async_trait;
+use chrono::{DateTime, Utc};
+use uuid::Uuid;
+
+use super::PgStorage;
+use crate::domain::{RunId, Subject};
+use crate::storage::ledger::{Claim, Counts, Finish, JobLedger, Run, Trigger};
+use crate::storage::rows::{self, Columns};
+use crate::storage::{StorageError, StorageResult};
+
+macro_rules! run_columns {
+    () => {
+        "id, job, scheduled_at, started_at, finished_at, trigger, attempt, daemon, state, counts::text as counts, error"
+    };
+}
+
+fn json(counts: &Counts) -> String {
+    serde_json::to_string(counts).expect("counts serialise")
+}
+
+#[async_trait]
+impl JobLedger for PgStorage {
+    async fn claim(
+        &self,
+        run: RunId,
+        job: &str,
+        scheduled_at: DateTime<Utc>,
+        trigger: Trigger,
+        daemon: Uuid,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Claim> {
+        let row = sqlx::query(
+            // Judged here and not by the caller: clocks of several daemons differ.
+            "with judged as (
+                 select $3 <= clock_timestamp() as is_due),
+             claimed as (
+                 insert into job_runs (id, job, scheduled_at, started_at, trigger, attempt, daemon, state)
+                 select $1, $2, $3, $4, $5, 1, $6, 'running' from judged where is_due
+                 on conflict do nothing
+                 returning id)
+             select is_due, exists (select 1 from claimed) as is_claimed from judged",
+        )
+        .bind(run.uuid())
+        .bind(job)
+        .bind(scheduled_at)
+        .bind(now)
+        .bind(trigger.as_str())
+        .bind(daemon)
+        .fetch_one(&self.worker)
+        .await?;
+        Ok(match (row.flag("is_due")?, row.flag("is_claimed")?) {
+            (false, _) => Claim::NotDue,
+            (true, false) => Claim::Taken,
+            (true, true) => Claim::Claimed,
+        })
+    }
+
+    async fn enqueue(
+        &self,
+        run: RunId,
+        job: &str,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        sqlx::query(
+            "insert into job_runs (id, job, scheduled_at, trigger, requested_by, state)
+             values ($1, $2, $3, 'manual', $4, 'queued')",
+        )
+        .bind(run.uuid())
+        .bind(job)
+        .bind(now)
+        .bind(by.as_str())
+        .execute(&self.worker)
+        .await?;
+        Ok(())
+    }
+
+    async fn claim_queued(
+        &self,
+        jobs: &[String],
+        daemon: Uuid,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Option<Run>> {
+        let row = sqlx::query(concat!(
+            "update job_runs
+             set state = 'running', daemon = $2, started_at = coalesce(started_at, $3), attempt = attempt + 1
+             where id = (select id from job_runs
+                         where state = 'queued' and job = any($1)
+                         order by id limit 1
+                         for update skip locked)
+             returning ",
+            run_columns!()
+        ))
+        .bind(jobs)
+        .bind(daemon)
+        .bind(now)
+        .fetch_optional(&self.worker)
+        .await?;
+        row.as_ref().map(rows::run).transpose()
+    }
+
+    async fn begin_attempt(&self, run: RunId, attempt: u32) -> StorageResult<()> {
+        sqlx::query("update job_runs set attempt = $2 where id = $1 and state = 'running'")
+            .bind(run.uuid())
+            .bind(i64::from(attempt))
+            .execute(&self.worker)
+            .await?;
+        Ok(())
+    }
+
+    async fn finish(&self, run: RunId, finish: &Finish) -> StorageResult<()> {
+        sqlx::query(
+            "update job_runs set state = $2, counts = $3::text::json, error = $4, finished_at = $5
+             where id = $1 and state = 'running'",
+        )
+        .bind(run.uuid())
+        .bind(finish.state.as_str())
+        .bind(json(&finish.counts))
+        .bind(finish.error.as_deref())
+        .bind(finish.at)
+        .execute(&self.worker)
+        .await?;
+        Ok(())
+    }
+
+    async fn give_back(&self, run: RunId, counts: &Counts, attempt: u32) -> StorageResult<()> {
+        sqlx::query(
+            "update job_runs set state = 'queued', counts = $2::text::json, attempt = $3, daemon = null
+             where id = $1 and state = 'running'",
+        )
+        .bind(run.uuid())
+        .bind(json(counts))
+        .bind(i64::from(attempt))
+        .execute(&self.worker)
+        .await?;
+        Ok(())
+    }
+
+    async fn record(&self, run: &Run) -> StorageResult<()> {
+        sqlx::query(
+            "insert into job_runs (id, job, scheduled_at, started_at, finished_at, trigger, attempt, daemon, state, counts, error)
+             values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10::text::json, $11)
+             on conflict do nothing",
+        )
+        .bind(run.id.uuid())
+        .bind(&run.job)
+        .bind(run.scheduled_at)
+        .bind(run.started_at)
+        .bind(run.finished_at)
+        .bind(run.trigger.as_str())
+        .bind(i64::from(run.attempt))
+        .bind(run.daemon)
+        .bind(run.state.as_str())
+        .bind(json(&run.counts))
+        .bind(run.error.as_deref())
+        .execute(&self.worker)
+        .await?;
+        Ok(())
+    }
+
+    async fn runs(&self, job: &str, before: Option<RunId>, limit: u32) -> StorageResult<Vec<Run>> {
+        let found = sqlx::query(concat!(
+            "select ",
+            run_columns!(),
+            " from job_runs
+             where job = $1 and ($2::uuid is null or id < $2)
+             order by id desc limit $3"
+        ))
+        .bind(job)
+        .bind(before.map(RunId::uuid))
+        .bind(i64::from(limit))
+        .fetch_all(&self.worker)
+        .await?;
+        found.iter().map(rows::run).collect()
+    }
+
+    async fn last_runs(&self, jobs: &[String]) -> StorageResult<Vec<Run>> {
+        // PostgreSQL has no max(uuid) before 18.
+        let found = sqlx::query(concat!(
+            "select r.* from unnest($1::text[]) j (name)
+             cross join lateral (
+                 select ",
+            run_columns!(),
+            " from job_runs
+                 where job = j.name
+                 order by id desc limit 1) r"
+        ))
+        .bind(jobs)
+        .fetch_all(&self.worker)
+        .await?;
+        found.iter().map(rows::run).collect()
+    }
+
+    async fn recover(&self) -> StorageResult<u64> {
+        // The database is shared: what runs may be another daemon's.
+        Ok(0)
+    }
+
+    async fn now(&self) -> StorageResult<DateTime<Utc>> {
+        let row = sqlx::query("select clock_timestamp() as now")
+            .fetch_one(&self.worker)
+            .await?;
+        row.time("now")?
+            .ok_or_else(|| StorageError::from(sqlx::Error::RowNotFound))
+    }
+}

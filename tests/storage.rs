@@ -1,0 +1,48 @@
+//! The conformance suite of storage: every case is written once and runs on both engines, as
+//! `…::sqlite::a_case` and `…::postgres::a_case`.
+
+mod support;
+
+/// Makes of each case one test per engine.
+macro_rules! conformance {
+    ($($(#[$doc:meta])* async fn $name:ident($db:ident) $body:block)+) => {
+        $($(#[$doc])* async fn $name($db: &$crate::support::database::Database) $body)+
+
+        mod sqlite {
+            $(#[test]
+            fn $name() {
+                use $crate::support::database::{Engine, run};
+                run(Engine::Sqlite, super::$name);
+            })+
+        }
+
+        mod postgres {
+            $(#[test]
+            fn $name() {
+                use $crate::support::database::{Engine, run};
+                run(Engine::Postgres, super::$name);
+            })+
+        }
+    };
+}
+
+#[path = "storage/changing.rs"]
+mod changing;
+#[path = "storage/exporting.rs"]
+mod exporting;
+#[path = "storage/ledger.rs"]
+mod ledger;
+#[path = "storage/outbox.rs"]
+mod outbox;
+#[path = "storage/plans.rs"]
+mod plans;
+#[path = "storage/purging.rs"]
+mod purging;
+#[path = "storage/receipts.rs"]
+mod receipts;
+#[path = "storage/rules.rs"]
+mod rules;
+#[path = "storage/saving.rs"]
+mod saving;
+#[path = "storage/timelines.rs"]
+mod timelines;
