@@ -2,19 +2,13 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help test soak bench lint tools
+.PHONY: help test lint tools
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: tools ## every test, on SQLite and on PostgreSQL
 	$(CARGO) test --locked
-
-soak: tools ## the long tests, on the release build
-	TIMELINED_SOAK=1 $(CARGO) test --locked --release -- --ignored
-
-bench: tools ## the benchmarks
-	$(CARGO) bench --locked --bench timelined
 
 lint: ## format, clippy and documentation, warnings as errors
 	$(CARGO) fmt --check

@@ -405,7 +405,7 @@ mod tests {
         for scope in [client, agent(), Scope::Operator] {
             let now = SystemClock.now();
             let token = access
-                .issue(&subject(), &scope, Duration::from_secs(60), now)
+                .issue(&subject(), &scope, Duration::from_mins(1), now)
                 .unwrap();
             let identity = access.verify(&token).unwrap();
             assert_eq!((identity.subject, identity.scope), (subject(), scope));
@@ -415,7 +415,7 @@ mod tests {
     #[test]
     fn an_expired_token_is_refused_beyond_the_leeway() {
         let access = access(None);
-        let lifetime = Duration::from_secs(60);
+        let lifetime = Duration::from_mins(1);
         let issued = |ago: i64| {
             let at = SystemClock.now() - chrono::TimeDelta::seconds(60 + ago);
             access.issue(&subject(), &agent(), lifetime, at).unwrap()
@@ -435,12 +435,12 @@ mod tests {
         };
         let other = Access::new(&auth, &[8; 32]).unwrap();
         let foreign = other
-            .issue(&subject(), &agent(), Duration::from_secs(60), now)
+            .issue(&subject(), &agent(), Duration::from_mins(1), now)
             .unwrap();
         assert!(matches!(mine.verify(&foreign), Err(TokenError::Invalid(_))));
 
         let token = mine
-            .issue(&subject(), &agent(), Duration::from_secs(60), now)
+            .issue(&subject(), &agent(), Duration::from_mins(1), now)
             .unwrap();
         let claims = token.split('.').nth(1).unwrap();
         let header = |text: &str| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text);
@@ -457,11 +457,11 @@ mod tests {
     fn the_issuer_is_checked_when_it_is_set() {
         let now = SystemClock.now();
         let token = access(None)
-            .issue(&subject(), &agent(), Duration::from_secs(60), now)
+            .issue(&subject(), &agent(), Duration::from_mins(1), now)
             .unwrap();
         assert!(access(Some("crm")).verify(&token).is_err());
         let token = access(Some("crm"))
-            .issue(&subject(), &agent(), Duration::from_secs(60), now)
+            .issue(&subject(), &agent(), Duration::from_mins(1), now)
             .unwrap();
         assert!(access(Some("crm")).verify(&token).is_ok());
     }

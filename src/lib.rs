@@ -1,4 +1,25 @@
-//! `timelined` keeps the activity timeline of every contact of a CRM.
+//! `timelined` keeps the activity timeline of every contact of a CRM: it records contact events,
+//! delivers the realtime ones to whoever is watching, forgets what has expired, and mails timelines.
+//!
+//! # The layers
+//!
+//! Dependencies point down: [`domain`] ← [`storage`] ← [`jobs`], [`live`], [`export`], [`mail`] ←
+//! [`api`] ← [`daemon`] ← [`cli`]. [`config`], [`access`] and [`telemetry`] stand beside them;
+//! [`timeline`] holds the use cases that HTTP, jobs and the command line share.
+//!
+//! # Four walks
+//!
+//! 1. **Create.** [`api`] parses JSON into a [`domain::NewContactEvent`]; its `record` makes it valid
+//!    or answers every fault; [`timeline::Timeline::create`] saves it, durable when it returns, and
+//!    only then wakes the pump. Truth first, then haste.
+//! 2. **Deliver.** Woken by a commit or by the second, [`live::Pump`] reads the outbox's tail and
+//!    hands what is watched here to the [`live::Hub`]; each [`live::Session`] sends it;
+//!    acknowledgements come back to the [`live::Acknowledger`] and end as set-wise writes.
+//! 3. **Purge.** A claimed run of [`jobs::Purge`] asks [`domain::Retention::cutoff`], deletes in
+//!    batches whose size follows their time, and leaves its counts in the run's row.
+//! 4. **Export.** HTTP, the command line and schedules only add a row; [`export::Exporter`] claims
+//!    it, streams the timeline by keyset into a file, and mails that with [`mail::Mailer`].
+
 pub mod access;
 pub mod api;
 pub mod cli;

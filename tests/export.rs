@@ -1,6 +1,16 @@
 //! Exports as an operator meets them: real files, real SQLite, and a real SMTP server that fails
 //! where a test says so (`tests/support/smtp.py`).
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    clippy::items_after_statements,
+    clippy::unnecessary_debug_formatting,
+    reason = "a test that panics fails, and its numbers are small"
+)]
+
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -32,7 +42,7 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 /// Longer than any of these waits takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 // ---- files ----
 

@@ -1,5 +1,15 @@
 //! Realtime delivery over real sockets.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    clippy::items_after_statements,
+    clippy::unnecessary_debug_formatting,
+    reason = "a test that panics fails, and its numbers are small"
+)]
+
 mod support;
 
 use serde_json::json;

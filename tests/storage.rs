@@ -1,6 +1,16 @@
 //! The conformance suite of storage: every case is written once and runs on both engines, as
 //! `…::sqlite::a_case` and `…::postgres::a_case`.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    clippy::items_after_statements,
+    clippy::unnecessary_debug_formatting,
+    reason = "a test that panics fails, and its numbers are small"
+)]
+
 mod support;
 
 /// Makes of each case one test per engine.

@@ -45,6 +45,8 @@ create table export_deliveries (
     tenant_id       text        not null,
     export_id       uuid        not null,
     recipient       text        not null,
+    -- the order in which recipients were named
+    position        integer     not null,
     -- fixed before the first try, so that a repeat is seen as one
     message_id      text        not null,
     state           text        not null check (state in ('pending', 'sending', 'sent', 'deferred', 'uncertain', 'dead')),

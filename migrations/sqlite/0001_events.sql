@@ -29,7 +29,7 @@ create table contact_events (
                                       and length(replace(session_id, '-', '')) = 32
                                       and session_id <> '00000000-0000-0000-0000-000000000000'),
     event_type         text    not null check (length(event_type) between 1 and 64
-                                      and event_type glob '[a-z]*' and event_type not glob '*[^a-z0-9_.]*'),
+                                      and event_type glob '[a-z]*' and instr(event_type, char(0)) = 0 and event_type not glob '*[^a-z0-9_.]*'),
     category           text    not null check (category in (
                                    'general', 'status', 'pipeline', 'assignment', 'tag', 'note',
                                    'session', 'custom_field', 'system', 'notification', 'tracking')),
@@ -41,10 +41,13 @@ create table contact_events (
     description        text    check (length(description) <= 20000 and instr(description, char(0)) = 0),
     payload            text    not null default '{}' check (
                                    json_valid(payload) and json_type(payload) = 'object'
-                                   and length(cast(payload as blob)) <= 65536),
+                                   and length(cast(payload as blob)) <= 65536
+                                   -- without escaped backslashes, so that what is left is an escaped NUL
+                                   and instr(replace(payload, '\\', ''), '\u0000') = 0),
     metadata           text    not null default '{}' check (
                                    json_valid(metadata) and json_type(metadata) = 'object'
-                                   and length(cast(metadata as blob)) <= 16384),
+                                   and length(cast(metadata as blob)) <= 16384
+                                   and instr(replace(metadata, '\\', ''), '\u0000') = 0),
     triggered_by       text    check (length(triggered_by) = 36 and triggered_by not glob '*[^0-9a-f-]*'
                                       and triggered_by glob '????????-????-????-????-????????????'
                                       and length(replace(triggered_by, '-', '')) = 32
@@ -77,10 +80,12 @@ create index contact_events_category on contact_events (tenant_id, category, occ
 create index contact_events_expiry on contact_events (tenant_id, expires_at)
     where expires_at is not null;
 
--- One row while a realtime event waits for its audience. Its key is the event's seq: one writer
--- commits in this order, so the tail is what lies beyond the last seq that was read.
+-- One row while a realtime event waits for its audience. One writer commits in the order of the key,
+-- so the tail is what lies beyond the last one that was read.
 create table event_outbox (
-    seq         integer primary key,
+    added       integer primary key autoincrement,
+    -- the event's
+    seq         integer not null,
     tenant_id   text    not null,
     event_id    text    not null,
     contact_id  text    not null,

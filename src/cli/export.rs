@@ -93,7 +93,7 @@ pub(super) async fn run(global: &Global, options: &Options) -> Done {
         created_at: now,
     };
     storage.exports.create(&export).await?;
-    let export = serve(&config, &storage, &options.tenant, id).await?;
+    let export = Box::pin(serve(&config, &storage, &options.tenant, id)).await?;
     storage.close().await;
     finish(global, options, &config, &export).await
 }

@@ -86,7 +86,7 @@ pub async fn execute(cli: Cli) -> ExitCode {
         Command::Jobs(command) => jobs::run(&global, &command).await,
         Command::Events(command) => events::run(&global, &command).await,
         Command::Purge(options) => purge::run(&global, &options).await,
-        Command::Export(options) => export::run(&global, &options).await,
+        Command::Export(options) => Box::pin(export::run(&global, &options)).await,
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -79,10 +79,10 @@ impl PartFile {
 
 impl Drop for PartFile {
     fn drop(&mut self) {
-        if let Some(part) = &self.part {
-            if let Err(error) = remove(part) {
-                tracing::warn!(%error, "an unfinished export stays in the export directory until the next start");
-            }
+        if let Some(part) = &self.part
+            && let Err(error) = remove(part)
+        {
+            tracing::warn!(%error, "an unfinished export stays in the export directory until the next start");
         }
     }
 }

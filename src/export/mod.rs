@@ -250,14 +250,13 @@ impl Exporter {
     async fn render_next(&self, stop: &CancellationToken) -> StorageResult<Step> {
         let waiting = locked(&self.waiting).take();
         let now = self.clock.now();
-        let export = match waiting {
-            Some(export) => Some(export),
-            None => {
-                let until = now + render::CLAIM;
-                self.store
-                    .claim_render(self.settings.worker, now, until)
-                    .await?
-            }
+        let export = if let Some(export) = waiting {
+            Some(export)
+        } else {
+            let until = now + render::CLAIM;
+            self.store
+                .claim_render(self.settings.worker, now, until)
+                .await?
         };
         let Some(export) = export else {
             return Ok(Step::Idle);
@@ -330,7 +329,7 @@ impl Exporter {
                 );
             }
             Err(_elapsed) => {
-                tracing::warn!("claims of exports were not given back in time; they lapse")
+                tracing::warn!("claims of exports were not given back in time; they lapse");
             }
         }
     }

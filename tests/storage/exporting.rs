@@ -307,7 +307,7 @@ conformance! {
         assert_eq!(claim_mail(db, t0() + minutes(1) - MICRO).await, None);
         let mail = claim_mail(db, t0() + minutes(1)).await.unwrap();
         assert_eq!((mail.delivery.to.as_str(), mail.delivery.attempt), (A, 1));
-        assert_eq!(mail.delivery.state, DeliveryState::Sending);
+        assert_eq!(mail.delivery.state, DeliveryState::Pending);
         assert_eq!(mail.delivery.message_id, claimed.deliveries[0].message_id);
         assert_eq!(mail.export.file_name.as_deref(), Some("timeline ü.csv"));
         // A mail that waits is no export that waits.

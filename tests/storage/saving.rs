@@ -125,7 +125,7 @@ conformance! {
             })
             .collect();
         let saved = event().payload(json!({ "numbers": numbers })).recorded();
-        assert!(saved.payload.as_str().len() > 40_000);
+        assert!(saved.payload.as_str().len() > 20_000);
         db.given(&acme(), [saved.clone()]).await;
         let found = db.events.find_by_id(&acme(), saved.id).await.unwrap().unwrap();
         assert_eq!(found.payload.as_str(), saved.payload.as_str());

@@ -290,7 +290,7 @@ fn access() -> Access {
 /// A token of the tests' key, valid for an hour.
 pub fn token(scope: &Scope, subject: &str) -> String {
     let subject = Subject::new(subject).expect("a valid subject");
-    let hour = Duration::from_secs(3600);
+    let hour = Duration::from_hours(1);
     access()
         .issue(&subject, scope, hour, SystemClock.now())
         .expect("the key signs")

@@ -10,11 +10,12 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use chrono::{DateTime, Utc};
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions};
+use sqlx::postgres::{PgConnection, PgPool, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqlitePool, SqlitePoolOptions};
 use sqlx::{AssertSqlSafe, Connection};
 use tempfile::TempDir;
 use timelined::domain::{ContactEvent, TenantId};
+use timelined::storage::postgres::PgStorage;
 use timelined::storage::sqlite::SqliteStorage;
 use timelined::storage::{Saved, Storage};
 use tokio::sync::OnceCell;
@@ -99,7 +100,29 @@ impl Database {
     }
 
     async fn postgres() -> Self {
-        todo!("the engine")
+        static MIGRATED: OnceCell<()> = OnceCell::const_new();
+        static NUMBER: AtomicU32 = AtomicU32::new(1);
+        let migrate = async || {
+            in_cluster("create database migrated").await;
+            let url = database_url("migrated").await;
+            let storage = open(&url).await;
+            storage.migrate().await.unwrap();
+            storage.close().await;
+        };
+        MIGRATED.get_or_init(migrate).await;
+        let name = format!("case_{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        in_cluster(&format!("create database {name} template migrated")).await;
+        let url = database_url(&name).await;
+        let sql = PgPoolOptions::new()
+            .max_connections(1)
+            .connect_lazy(&url)
+            .unwrap();
+        Self {
+            storage: open(&url).await,
+            engine: Engine::Postgres,
+            sql: Sql::Postgres(sql),
+            _directory: None,
+        }
     }
 
     async fn drop(self) {
@@ -111,12 +134,7 @@ impl Database {
                 let name = options.get_database().unwrap().to_owned();
                 pool.close().await;
                 // A hundred of them would fill the disk.
-                let url = cluster().await;
-                let mut connection = PgConnection::connect(url).await.unwrap();
-                sqlx::raw_sql(AssertSqlSafe(format!("drop database {name} with (force)")))
-                    .execute(&mut connection)
-                    .await
-                    .unwrap();
+                in_cluster(&format!("drop database {name} with (force)")).await;
             }
         }
     }
@@ -278,8 +296,23 @@ async fn cluster() -> &'static str {
     &CLUSTER.get_or_init(start).await.0
 }
 
+/// Runs a statement that belongs to no database.
+async fn in_cluster(sql: &str) {
+    let mut connection = PgConnection::connect(cluster().await).await.unwrap();
+    sqlx::raw_sql(AssertSqlSafe(sql.to_owned()))
+        .execute(&mut connection)
+        .await
+        .unwrap();
+    connection.close().await.unwrap();
+}
+
 /// The address of `name` in this process's cluster.
 async fn database_url(name: &str) -> String {
     let url = cluster().await;
     format!("{}/{name}", url.rsplit_once('/').unwrap().0)
+}
+
+/// The storage on a database of the cluster.
+async fn open(url: &str) -> Storage {
+    Storage::postgres(PgStorage::open(url).await.expect("the cluster answers"))
 }

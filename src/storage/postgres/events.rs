@@ -326,7 +326,7 @@ impl EventRepository for PgStorage {
             let rows = sqlx::query(concat!(
                 "select o.seq, o.rank, ", event_columns!(), "
                  from (select o.seq, o.rank, o.tenant_id, o.event_id
-                       from unnest($2::uuid[]) c (contact_id)
+                       from (select distinct unnest($2::uuid[])) c (contact_id)
                        cross join lateral (
                            select i.seq, i.rank, i.tenant_id, i.event_id from event_outbox i
                            where i.tenant_id = $1 and i.contact_id = c.contact_id and i.rank = $3 and i.seq > $4

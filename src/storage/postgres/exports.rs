@@ -59,7 +59,7 @@ impl PgStorage {
             delivery_columns!(),
             " from export_deliveries
              where tenant_id = $1 and export_id = any($2)
-             order by export_id, recipient"
+             order by position"
         ))
         .bind(tenant.as_str())
         .bind(set(&ids, ExportId::uuid))
@@ -113,9 +113,9 @@ impl ExportStore for PgStorage {
             return Ok(id.unwrap_or(export.id));
         }
         sqlx::query(
-            "insert into export_deliveries (tenant_id, export_id, recipient, message_id, state)
-             select $1, $2, recipient, message_id, 'pending'
-             from unnest($3::text[], $4::text[]) as mails (recipient, message_id)",
+            "insert into export_deliveries (tenant_id, export_id, recipient, position, message_id, state)
+             select $1, $2, recipient, position, message_id, 'pending'
+             from unnest($3::text[], $4::text[]) with ordinality as mails (recipient, message_id, position)",
         )
         .bind(export.tenant_id.as_str())
         .bind(export.id.uuid())

@@ -322,9 +322,9 @@ impl EventRepository for SqliteStorage {
             let rows = sqlx::query(concat!(
                 "select o.seq, o.rank, ", event_columns!(), "
                  from (select o.seq, o.rank, o.tenant_id, o.event_id
-                       from json_each($2) c
-                       join event_outbox o on o.seq in (
-                           select i.seq from event_outbox i
+                       from (select distinct value from json_each($2)) c
+                       join event_outbox o on o.added in (
+                           select i.added from event_outbox i
                            where i.tenant_id = $1 and i.contact_id = c.value and i.rank = $3 and i.seq > $4
                              and (i.expires_at is null or i.expires_at > $5)
                            order by i.seq
@@ -350,7 +350,7 @@ impl EventRepository for SqliteStorage {
     async fn tail_end(&self) -> StorageResult<TailMark> {
         // From the sequence, since the newest outbox rows may be gone already.
         let seq: Option<i64> =
-            sqlx::query_scalar("select seq from sqlite_sequence where name = 'contact_events'")
+            sqlx::query_scalar("select seq from sqlite_sequence where name = 'event_outbox'")
                 .fetch_optional(&self.readers)
                 .await?;
         Ok(TailMark::Seq(seq.unwrap_or(0)))
@@ -367,13 +367,13 @@ impl EventRepository for SqliteStorage {
             ));
         };
         let mut rows = sqlx::query(
-            "select seq, rank, tenant_id, contact_id, event_id from event_outbox where seq > $1 order by seq",
+            "select added, seq, rank, tenant_id, contact_id, event_id from event_outbox where added > $1 order by added",
         )
         .bind(last)
         .fetch(&self.readers);
         let mut entries = Vec::new();
         while let Some(row) = rows.try_next().await? {
-            last = row.try_get("seq")?;
+            last = row.try_get("added")?;
             let contact: Hyphenated = row.try_get("contact_id")?;
             let Ok(contact_id) = ContactId::new(contact.into_uuid()) else {
                 continue;
@@ -395,9 +395,10 @@ impl EventRepository for SqliteStorage {
             "select o.seq, o.rank, ",
             event_columns!(),
             "
-             from event_outbox o
+             from contact_events s
+             join event_outbox o on o.tenant_id = s.tenant_id and o.event_id = s.id
              join timeline_events e on e.tenant_id = o.tenant_id and e.id = o.event_id
-             where o.seq in (select value from json_each($1))
+             where s.seq in (select value from json_each($1))
              order by o.rank, o.seq"
         ))
         .bind(set(&seqs))
@@ -570,8 +571,8 @@ impl EventRepository for SqliteStorage {
                     .execute(&mut *db)
                     .await?;
                     let expired = sqlx::query(
-                        "delete from event_outbox where seq in (
-                             select seq from event_outbox where expires_at <= $1 order by expires_at, seq limit $2)",
+                        "delete from event_outbox where added in (
+                             select added from event_outbox where expires_at <= $1 order by expires_at, seq limit $2)",
                     )
                     .bind(at(now))
                     .bind(limit);

@@ -52,7 +52,7 @@ impl SqliteStorage {
             delivery_columns!(),
             " from export_deliveries
              where tenant_id = $1 and export_id in (select value from json_each($2))
-             order by rowid"
+             order by position"
         ))
         .bind(tenant.as_str())
         .bind(set(&ids))
@@ -599,8 +599,8 @@ async fn create(db: &mut SqliteConnection, export: &NewExport) -> StorageResult<
     }
     let deliveries: Vec<_> = request.to.iter().zip(&export.message_ids).collect();
     sqlx::query(
-        "insert into export_deliveries (tenant_id, export_id, recipient, message_id, state)
-         select $1, $2, value ->> 0, value ->> 1, 'pending' from json_each($3)",
+        "insert into export_deliveries (tenant_id, export_id, recipient, position, message_id, state)
+         select $1, $2, value ->> 0, key, value ->> 1, 'pending' from json_each($3)",
     )
     .bind(export.tenant_id.as_str())
     .bind(text(export.id.uuid()))

@@ -67,7 +67,7 @@ impl SqliteStorage {
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
             .min_connections(0)
-            .idle_timeout(Duration::from_secs(60))
+            .idle_timeout(Duration::from_mins(1))
             .acquire_timeout(Duration::from_secs(10))
             .connect_lazy_with(options.clone().pragma("query_only", "on"));
         Ok(Self {

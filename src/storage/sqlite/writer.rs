@@ -28,7 +28,7 @@ const CHECKPOINT_BYTES: u64 = 4 * 1024 * 1024;
 /// A request that waits for its transaction.
 trait Request: Send {
     /// Runs it within the transaction.
-    fn run<'c>(self: Box<Self>, connection: &'c mut SqliteConnection) -> BoxFuture<'c, Done>;
+    fn run(self: Box<Self>, connection: &mut SqliteConnection) -> BoxFuture<'_, Done>;
     /// Answers without having run.
     fn fail(self: Box<Self>, error: StorageError);
 }
@@ -43,7 +43,7 @@ where
     T: Send + 'static,
     F: for<'c> FnOnce(&'c mut SqliteConnection) -> BoxFuture<'c, StorageResult<T>> + Send + 'static,
 {
-    fn run<'c>(self: Box<Self>, connection: &'c mut SqliteConnection) -> BoxFuture<'c, Done> {
+    fn run(self: Box<Self>, connection: &mut SqliteConnection) -> BoxFuture<'_, Done> {
         Box::pin(async move {
             let result = (self.request)(connection).await;
             let error = result.as_ref().err().cloned();
@@ -145,10 +145,10 @@ impl Writer {
     /// Ends after what has been asked for is committed.
     pub(super) async fn close(&self) {
         self.closing.cancel();
-        if let Some(task) = self.task.lock().await.take() {
-            if let Err(error) = task.await {
-                tracing::error!(%error, "the database writer ended abnormally");
-            }
+        if let Some(task) = self.task.lock().await.take()
+            && let Err(error) = task.await
+        {
+            tracing::error!(%error, "the database writer ended abnormally");
         }
     }
 }
@@ -186,7 +186,7 @@ impl Worker {
                 match error {
                     StorageError::Durability(_) => return self.fail(&error),
                     other => {
-                        tracing::warn!(error = %chain(&other), "could not checkpoint the database")
+                        tracing::warn!(error = %chain(&other), "could not checkpoint the database");
                     }
                 }
             }
