@@ -1,7 +1,7 @@
 //! Realtime delivery: who watches here, what they are sent, and what they acknowledge.
 //!
 //! The outbox in the database is the truth. The [`Pump`] looks at its tail and hands what is watched
-//! to the [`Hub`]; a [`session`] serves one connection, reads the backlog of what it subscribes to,
+//! to the [`Hub`]; a [`Session`] serves one connection, reads the backlog of what it subscribes to,
 //! and passes acknowledgements to the [`Acknowledger`], which writes them in sets. Nobody waits for
 //! a socket but its own session.
 
