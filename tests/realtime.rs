@@ -1,44 +1,267 @@
-//! Realtime delivery over real sockets.
-
+//! Realtime delivery over real sockets, on both engines.
 #![allow(
     clippy::unwrap_used,
-    clippy::cast_sign_loss,
-    clippy::cast_possible_truncation,
-    clippy::cast_precision_loss,
-    clippy::items_after_statements,
-    clippy::unnecessary_debug_formatting,
-    reason = "a test that panics fails, and its numbers are small"
+    reason = "a test that panics fails, which is what is wanted"
 )]
 
 mod support;
 
-use serde_json::json;
-use support::daemon::{TestDaemon, agent, service};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use support::daemon::{Settings, TestDaemon, agent, client, eventually, service};
+use support::database::{Database, Engine, run};
 use support::socket::Socket;
+use tokio_tungstenite::tungstenite::Message;
 
 const CONTACT: &str = "0190b5f0-7c1e-7d3a-8f00-000000000001";
+const OTHER: &str = "0190b5f0-7c1e-7d3a-8f00-000000000002";
+
+macro_rules! on_both_engines {
+    ($(async fn $name:ident($db:ident) $body:block)+) => {
+        $(async fn $name($db: &Database) $body)+
+
+        mod sqlite {
+            $(#[test]
+            fn $name() {
+                super::run(super::Engine::Sqlite, super::$name);
+            })+
+        }
+
+        mod postgres {
+            $(#[test]
+            fn $name() {
+                super::run(super::Engine::Postgres, super::$name);
+            })+
+        }
+    };
+}
+
+async fn daemon(db: &Database) -> TestDaemon {
+    Settings::new()
+        .env("TIMELINED__DATABASE__URL", &db.url().await)
+        .start()
+}
+
+fn event(title: &str) -> Value {
+    json!({
+        "event_type": "note_added", "category": "note", "source": "agent",
+        "title": title, "is_realtime": true,
+    })
+}
+
+async fn record(daemon: &TestDaemon, contact: &str, body: &Value) -> Value {
+    let path = format!("/api/v1/contacts/{contact}/events");
+    let (status, event) = daemon.post(&path, &service("acme"), body).await;
+    assert_eq!(status, 201, "{event}");
+    event
+}
+
+async fn undelivered(daemon: &TestDaemon) -> Vec<Value> {
+    let path = format!("/api/v1/contact-events/undelivered?contact_id={CONTACT}");
+    let (status, page) = daemon.get(&path, &service("acme")).await;
+    assert_eq!(status, 200, "{page}");
+    page["events"].as_array().unwrap().clone()
+}
+
+async fn watch(daemon: &TestDaemon) -> Socket {
+    let (socket, backlog) =
+        Socket::watching(&daemon.address, &agent("acme"), &[CONTACT.to_owned()]).await;
+    assert_eq!(backlog, Vec::<Value>::new());
+    socket
+}
+
+/// Waiting events of contacts that nobody watches.
+async fn absent(db: &Database, events: u32) {
+    let insert = "insert into contact_events (tenant_id, contact_id, event_type, category, source, is_realtime)";
+    let sql = match db.engine {
+        Engine::Sqlite => format!(
+            "with recursive n (i) as (select 1 union all select i + 1 from n where i < {events})
+             {insert} select 'acme', printf('0190b5f0-0000-7000-8000-%012x', i % 1000 + 1), 'note_added', 'note', 'system', 1 from n"
+        ),
+        Engine::Postgres => format!(
+            "{insert} select 'acme', ('0190b5f0-0000-7000-8000-' || lpad(to_hex(i % 1000 + 1), 12, '0'))::uuid,
+                    'note_added', 'note', 'system', true from generate_series(1, {events}) i"
+        ),
+    };
+    db.execute(&sql).await.unwrap();
+    assert_eq!(db.count("event_outbox").await, i64::from(events));
+}
+
+async fn insert_by_sql(db: &Database) {
+    let flag = db.flag(true);
+    let sql = format!(
+        "insert into contact_events (tenant_id, contact_id, event_type, category, source, title, is_realtime)
+         values ('acme', '{CONTACT}', 'note_added', 'note', 'system', 'by SQL', {flag})"
+    );
+    db.execute(&sql).await.unwrap();
+}
+
+on_both_engines! {
+    async fn an_event_is_pushed_at_once_and_delivered_only_by_the_ack(db) {
+        let daemon = daemon(db).await;
+        let mut socket = watch(&daemon).await;
+        let mut waits = Vec::new();
+        for number in 0..20 {
+            let event = record(&daemon, CONTACT, &event(&number.to_string())).await;
+            let answered = Instant::now();
+            let frame = socket.next_of("event").await;
+            waits.push(answered.elapsed());
+            assert_eq!(frame["event"]["id"], event["id"]);
+            assert_eq!(frame["redelivery"], false);
+        }
+        waits.sort();
+        // 50 ms where nothing else runs; tests share their cores.
+        assert!(waits[10] < Duration::from_millis(250), "{waits:?}");
+        let waiting = undelivered(&daemon).await;
+        assert_eq!(waiting.len(), 20);
+        let ids: Vec<&str> = waiting.iter().map(|event| event["id"].as_str().unwrap()).collect();
+        socket.ack(&ids).await;
+        let patience = Duration::from_secs(5);
+        eventually("the events are delivered", patience, async || undelivered(&daemon).await.is_empty()).await;
+        let (_, event) = daemon.get(&format!("/api/v1/contact-events/{}", ids[0]), &service("acme")).await;
+        assert_eq!(event["delivered"], true);
+    }
+
+    async fn an_event_of_another_program_comes_within_a_second_and_a_half_whatever_else_waits(db) {
+        absent(db, 100_000).await;
+        let daemon = daemon(db).await;
+        let mut socket = watch(&daemon).await;
+        let began = Instant::now();
+        insert_by_sql(db).await;
+        let frame = socket.next_of("event").await;
+        assert_eq!(frame["event"]["title"], "by SQL");
+        assert!(began.elapsed() < Duration::from_millis(1500), "{:?}", began.elapsed());
+        let event = record(&daemon, CONTACT, &event("by HTTP")).await;
+        let began = Instant::now();
+        assert_eq!(socket.next_of("event").await["event"]["id"], event["id"]);
+        assert!(began.elapsed() < Duration::from_millis(500), "{:?}", began.elapsed());
+    }
+
+    async fn the_backlog_comes_by_priority_then_age_before_subscribed(db) {
+        let daemon = daemon(db).await;
+        for (title, priority) in [("1", "normal"), ("2", "low"), ("3", "urgent"), ("4", "normal")] {
+            let mut body = event(title);
+            body["priority"] = json!(priority);
+            record(&daemon, CONTACT, &body).await;
+        }
+        let (_socket, backlog) =
+            Socket::watching(&daemon.address, &agent("acme"), &[CONTACT.to_owned()]).await;
+        let titles: Vec<&str> = backlog.iter().map(|frame| frame["event"]["title"].as_str().unwrap()).collect();
+        assert_eq!(titles, ["3", "1", "4", "2"]);
+        assert!(backlog.iter().all(|frame| frame["redelivery"] == true));
+    }
+
+    async fn a_client_sees_its_own_and_only_its_ack_delivers_what_is_for_it(db) {
+        let daemon = daemon(db).await;
+        let token = client("acme", &[CONTACT.parse().unwrap()]);
+        let mut client = Socket::authenticated(&daemon.address, &token).await;
+        client.send(&json!({ "type": "subscribe", "contacts": [CONTACT, OTHER] })).await;
+        let subscribed = client.next().await;
+        assert_eq!((&subscribed["contacts"], &subscribed["denied"]), (&json!([CONTACT]), &json!([OTHER])));
+        let mut agent = watch(&daemon).await;
+
+        record(&daemon, CONTACT, &event("internal")).await;
+        let mut body = event("for the client");
+        body["visible_to_client"] = json!(true);
+        let event = record(&daemon, CONTACT, &body).await;
+        let id = event["id"].as_str().unwrap();
+        assert_eq!(client.next().await["event"]["title"], "for the client");
+        assert_eq!(agent.next_of("event").await["event"]["title"], "internal");
+        assert_eq!(agent.next_of("event").await["event"]["id"], event["id"]);
+        agent.ack(&[id]).await;
+        client.ack(&[id]).await;
+        let receipt = agent.next_of("receipt").await;
+        assert_eq!(receipt["event_id"], event["id"]);
+        assert!(receipt["delivered_at"].is_string());
+        client.send(&json!({ "type": "read", "ids": [id] })).await;
+        assert!(agent.next_of("receipt").await["read_at"].is_string());
+    }
+
+    async fn what_expires_waiting_is_recorded_as_expired_and_never_as_delivered(db) {
+        let daemon = daemon(db).await;
+        let mut body = event("soon over");
+        let soon = timelined::domain::Clock::now(&timelined::domain::SystemClock) + chrono::TimeDelta::milliseconds(300);
+        body["expires_at"] = json!(timelined::domain::format_time(soon));
+        record(&daemon, CONTACT, &body).await;
+        let patience = Duration::from_secs(10);
+        eventually("it is recorded", patience, async || {
+            db.count("event_deliveries where outcome = 'expired'").await == 1
+        })
+        .await;
+        assert_eq!(db.count("event_outbox").await, 0);
+        assert_eq!(db.count("event_deliveries where outcome = 'delivered'").await, 0);
+    }
+}
 
 #[tokio::test]
-async fn a_realtime_event_reaches_whoever_watches_and_is_delivered_only_after_the_ack() {
+async fn bad_frames_end_the_connection_with_the_written_code() {
     let daemon = TestDaemon::start();
-    let token = service("acme");
-    let (mut socket, backlog) =
-        Socket::watching(&daemon.address, &agent("acme"), &[CONTACT.to_owned()]).await;
-    assert_eq!(backlog, Vec::<serde_json::Value>::new());
-    let path = format!("/api/v1/contacts/{CONTACT}/events");
-    let body = json!({ "event_type": "note_added", "category": "note", "source": "agent", "is_realtime": true });
-    let (_, event) = daemon.post(&path, &token, &body).await;
-    let frame = socket.next().await;
-    assert_eq!(frame["event"]["id"], event["id"]);
-    assert_eq!(frame["redelivery"], false);
-    let undelivered = format!("/api/v1/contact-events/undelivered?contact_id={CONTACT}");
-    let (_, list) = daemon.get(&undelivered, &token).await;
-    assert_eq!(list["events"][0]["id"], event["id"]);
-    socket.ack(&[event["id"].as_str().unwrap()]).await;
-    support::daemon::eventually(
-        "the event is delivered",
-        std::time::Duration::from_secs(5),
-        async || daemon.get(&undelivered, &token).await.1["events"] == json!([]),
-    )
-    .await;
+    let many: Vec<String> = (1..=1001)
+        .map(|n| format!("0190b5f0-0000-7000-8000-{n:012x}"))
+        .collect();
+    let cases = [
+        (Message::text("no json"), 4400),
+        (Message::text(r#"{"type":"dance"}"#), 4400),
+        (Message::text(r#"{"type":"ack","ids":["x"]}"#), 4400),
+        (Message::binary(vec![1, 2, 3]), 4400),
+        (
+            Message::text(json!({ "type": "subscribe", "contacts": many }).to_string()),
+            4429,
+        ),
+        (Message::text(r#"{"type":"auth","token":"x"}"#), 4401),
+    ];
+    for (message, code) in cases {
+        let mut socket = Socket::authenticated(&daemon.address, &agent("acme")).await;
+        socket.send_raw(message.clone()).await;
+        let closed = loop {
+            match socket.try_next().await {
+                Ok(_told) => {}
+                Err(code) => break code,
+            }
+        };
+        assert_eq!(closed, Some(code), "{message:?}");
+    }
+    let mut socket = Socket::open(&daemon.address).await;
+    socket.send(&json!({ "type": "ping" })).await;
+    assert_eq!(socket.next().await["code"], 4401);
+}
+
+#[tokio::test]
+async fn what_is_not_acknowledged_comes_again_and_then_the_connection_ends() {
+    let daemon = Settings::new()
+        .env("TIMELINED__REALTIME__ACK_TIMEOUT", "1s")
+        .start();
+    let mut socket = watch(&daemon).await;
+    record(&daemon, CONTACT, &event("again")).await;
+    assert_eq!(socket.next_of("event").await["redelivery"], false);
+    assert_eq!(socket.next_of("event").await["redelivery"], true);
+    assert_eq!(socket.next_of("bye").await["code"], 4408);
+}
+
+#[tokio::test]
+async fn more_events_than_the_window_all_arrive_in_order() {
+    let daemon = Settings::new()
+        .env("TIMELINED__REALTIME__WINDOW", "16")
+        .start();
+    let mut socket = watch(&daemon).await;
+    for number in 0..200 {
+        record(&daemon, CONTACT, &event(&number.to_string())).await;
+    }
+    for number in 0..200 {
+        let frame = socket.next_of("event").await;
+        assert_eq!(frame["event"]["title"], number.to_string());
+        socket.ack(&[frame["event"]["id"].as_str().unwrap()]).await;
+    }
+}
+
+#[tokio::test]
+async fn sockets_are_told_when_the_daemon_stops() {
+    let mut daemon = TestDaemon::start();
+    let mut socket = watch(&daemon).await;
+    daemon.signal("TERM");
+    let bye = socket.next_of("bye").await;
+    assert_eq!(bye["code"], 4503);
+    assert!(bye["retry_ms"].as_u64().unwrap() >= 500);
+    assert!(daemon.wait(Duration::from_secs(20)).success());
 }

@@ -139,6 +139,27 @@ impl Database {
         }
     }
 
+    /// Its address, for a daemon.
+    pub async fn url(&self) -> String {
+        match &self.sql {
+            Sql::Sqlite(pool) => {
+                format!(
+                    "sqlite://{}",
+                    pool.connect_options().get_filename().display()
+                )
+            }
+            Sql::Postgres(pool) => {
+                let options = pool.connect_options();
+                database_url(
+                    options
+                        .get_database()
+                        .expect("a test's database has a name"),
+                )
+                .await
+            }
+        }
+    }
+
     /// Saves events for `tenant`, all of which must be new.
     pub async fn given(&self, tenant: &TenantId, events: impl IntoIterator<Item = ContactEvent>) {
         let batch: Vec<_> = events.into_iter().map(plain).collect();

@@ -82,6 +82,13 @@ impl Socket {
         self.send(&json!({ "type": "ack", "ids": ids })).await;
     }
 
+    /// Acknowledges an event, where the daemon is still there.
+    pub async fn try_ack(&mut self, id: &str) -> Result<(), ()> {
+        let frame = json!({ "type": "ack", "ids": [id] });
+        let sent = self.0.send(Message::text(frame.to_string())).await;
+        sent.map_err(|_gone| ())
+    }
+
     /// The next frame.
     pub async fn next(&mut self) -> Value {
         self.try_next().await.expect("a frame comes")

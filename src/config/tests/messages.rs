@@ -374,13 +374,13 @@ fn wrong_exports_are_told_by_their_names() {
             export(
                 "tenant = \"\"\nselect = { active_since = \"7d\", category = \"taag\" }\nto = []",
             ),
-            "5:10: jobs.x.tenant: \"\" is not valid (\"\" is not valid); the id of a tenant, 1 to 255 characters\n\
+            "5:10: jobs.x.tenant: \"\" is not valid (must be 1 to 255 characters, is 0); the id of a tenant, 1 to 255 characters\n\
              6:44: jobs.x.select.category: \"taag\" is unknown; \"general\", \"status\", \"pipeline\", \"assignment\", \"tag\", \"note\", \"session\", \"custom_field\", \"system\", \"notification\" or \"tracking\"; did you mean \"tag\"?\n\
              7:6: jobs.x.to: is empty; a list, each item an address such as \"ops@example.com\"",
         ),
         (
             export("tenant = \"t\"\ncontacts = [\"7\"]\nto = [\"nobody\"]"),
-            "6:12: jobs.x.contacts: \"7\" is not valid (\"7\" is not valid); a list, each item the UUID of a contact\n\
+            "6:12: jobs.x.contacts: \"7\" is not valid (\"7\" is not a UUID such as 0190b5f0-7c1e-7d3a-8f00-000000000001); a list, each item the UUID of a contact\n\
              7:6: jobs.x.to: \"nobody\" is not valid (Missing domain or user); a list, each item an address such as \"ops@example.com\"",
         ),
     ];
