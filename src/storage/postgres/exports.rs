@@ -3,7 +3,7 @@
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use sqlx::Row;
-use sqlx::postgres::PgRow;
+use sqlx::postgres::{PgConnection, PgRow};
 use uuid::Uuid;
 
 use super::events::event_columns;
@@ -44,8 +44,9 @@ fn names(categories: &[Category]) -> Vec<&'static str> {
 }
 
 impl PgStorage {
+    /// The deliveries of exports, read in the same snapshot as the exports themselves.
     async fn with_deliveries(
-        &self,
+        db: &mut PgConnection,
         tenant: &TenantId,
         rows: &[PgRow],
     ) -> StorageResult<Vec<Export>> {
@@ -63,7 +64,7 @@ impl PgStorage {
         ))
         .bind(tenant.as_str())
         .bind(set(&ids, ExportId::uuid))
-        .fetch_all(&self.worker)
+        .fetch_all(db)
         .await?;
         rows::attach(&mut exports, deliveries(&found)?);
         Ok(exports)
@@ -128,6 +129,10 @@ impl ExportStore for PgStorage {
     }
 
     async fn find(&self, tenant: &TenantId, id: ExportId) -> StorageResult<Option<Export>> {
+        let mut snapshot = self
+            .worker
+            .begin_with("begin isolation level repeatable read read only")
+            .await?;
         let found = sqlx::query(concat!(
             "select ",
             export_columns!(),
@@ -135,9 +140,11 @@ impl ExportStore for PgStorage {
         ))
         .bind(tenant.as_str())
         .bind(id.uuid())
-        .fetch_all(&self.worker)
+        .fetch_all(&mut *snapshot)
         .await?;
-        Ok(self.with_deliveries(tenant, &found).await?.pop())
+        Ok(Self::with_deliveries(&mut snapshot, tenant, &found)
+            .await?
+            .pop())
     }
 
     async fn list(
@@ -146,6 +153,10 @@ impl ExportStore for PgStorage {
         before: Option<ExportId>,
         limit: u32,
     ) -> StorageResult<Vec<Export>> {
+        let mut snapshot = self
+            .worker
+            .begin_with("begin isolation level repeatable read read only")
+            .await?;
         let found = sqlx::query(concat!(
             "select ",
             export_columns!(),
@@ -156,9 +167,9 @@ impl ExportStore for PgStorage {
         .bind(tenant.as_str())
         .bind(before.map(ExportId::uuid))
         .bind(i64::from(limit))
-        .fetch_all(&self.worker)
+        .fetch_all(&mut *snapshot)
         .await?;
-        self.with_deliveries(tenant, &found).await
+        Self::with_deliveries(&mut snapshot, tenant, &found).await
     }
 
     async fn claim_render(

@@ -37,8 +37,9 @@ fn deliveries(rows: &[SqliteRow]) -> StorageResult<Deliveries> {
 }
 
 impl SqliteStorage {
+    /// The deliveries of exports, read in the same snapshot as the exports themselves.
     async fn with_deliveries(
-        &self,
+        db: &mut SqliteConnection,
         tenant: &TenantId,
         rows: &[SqliteRow],
     ) -> StorageResult<Vec<Export>> {
@@ -56,7 +57,7 @@ impl SqliteStorage {
         ))
         .bind(tenant.as_str())
         .bind(set(&ids))
-        .fetch_all(&self.readers)
+        .fetch_all(db)
         .await?;
         rows::attach(&mut exports, deliveries(&found)?);
         Ok(exports)
@@ -82,6 +83,7 @@ impl ExportStore for SqliteStorage {
     }
 
     async fn find(&self, tenant: &TenantId, id: ExportId) -> StorageResult<Option<Export>> {
+        let mut snapshot = self.readers.begin().await?;
         let found = sqlx::query(concat!(
             "select ",
             export_columns!(),
@@ -89,9 +91,11 @@ impl ExportStore for SqliteStorage {
         ))
         .bind(tenant.as_str())
         .bind(text(id.uuid()))
-        .fetch_all(&self.readers)
+        .fetch_all(&mut *snapshot)
         .await?;
-        Ok(self.with_deliveries(tenant, &found).await?.pop())
+        Ok(Self::with_deliveries(&mut snapshot, tenant, &found)
+            .await?
+            .pop())
     }
 
     async fn list(
@@ -100,6 +104,7 @@ impl ExportStore for SqliteStorage {
         before: Option<ExportId>,
         limit: u32,
     ) -> StorageResult<Vec<Export>> {
+        let mut snapshot = self.readers.begin().await?;
         let found = sqlx::query(concat!(
             "select ",
             export_columns!(),
@@ -110,9 +115,9 @@ impl ExportStore for SqliteStorage {
         .bind(tenant.as_str())
         .bind(before.map(|id| text(id.uuid())))
         .bind(limit)
-        .fetch_all(&self.readers)
+        .fetch_all(&mut *snapshot)
         .await?;
-        self.with_deliveries(tenant, &found).await
+        Self::with_deliveries(&mut snapshot, tenant, &found).await
     }
 
     async fn claim_render(
