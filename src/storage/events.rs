@@ -450,16 +450,24 @@ pub trait EventRepository: Send + Sync + 'static {
 /// For how long a repeat of a create is answered like the first.
 pub(super) const IDEMPOTENCY_WINDOW: TimeDelta = TimeDelta::hours(24);
 
+/// By tenant and key: the request's hash, its event, and when it was made.
+pub(super) type Claims<'b> = BTreeMap<(&'b str, &'b str), (&'b [u8], EventId, DateTime<Utc>)>;
+
+/// An idempotency key with its tenant, as it was read from the database.
+pub(super) type KnownKey = (String, String);
+
 /// Judges a batch by its idempotency keys: `fresh` ones were claimed just now, `known` ones had been
 /// used, with this hash and event. Within a batch the first use of a key counts.
 pub(super) fn judge(
     batch: &[Recording],
-    fresh: &HashSet<String>,
-    known: &HashMap<String, (Vec<u8>, EventId)>,
+    fresh: &HashSet<KnownKey>,
+    known: &HashMap<KnownKey, (Vec<u8>, EventId)>,
 ) -> Vec<Saved> {
-    let mut used: HashMap<&str, (&[u8], EventId)> = known
+    let mut used: HashMap<(&str, &str), (&[u8], EventId)> = known
         .iter()
-        .map(|(key, (hash, id))| (key.as_str(), (hash.as_slice(), *id)))
+        .map(|((tenant, key), (hash, id))| {
+            ((tenant.as_str(), key.as_str()), (hash.as_slice(), *id))
+        })
         .collect();
     batch
         .iter()
@@ -467,12 +475,16 @@ pub(super) fn judge(
             let Some(Idempotency { key, body_hash }) = &recording.idempotency else {
                 return Saved::Created;
             };
-            match used.get(key.as_str()) {
+            let tenant = recording.event.tenant_id.as_str();
+            match used.get(&(tenant, key.as_str())) {
                 Some((hash, id)) if hash == body_hash => Saved::Repeat(*id),
                 Some(_) => Saved::Mismatch,
                 None => {
-                    debug_assert!(fresh.contains(key), "a key is either fresh or known");
-                    used.insert(key, (body_hash, recording.event.id));
+                    debug_assert!(
+                        fresh.contains(&(tenant.to_owned(), key.clone())),
+                        "a key is either fresh or known"
+                    );
+                    used.insert((tenant, key), (body_hash, recording.event.id));
                     Saved::Created
                 }
             }
@@ -480,18 +492,43 @@ pub(super) fn judge(
         .collect()
 }
 
-/// The idempotency keys of a batch, each once, with the recording that uses it first; sorted, so
-/// that two transactions claim them in the same order and cannot wait for each other.
-pub(super) fn claims(batch: &[Recording]) -> BTreeMap<&str, (&[u8], EventId, DateTime<Utc>)> {
+/// The idempotency keys of a batch, by tenant and key, each once, with the recording that uses it
+/// first; sorted, so that two transactions claim them in the same order and cannot wait for each
+/// other.
+pub(super) fn claims(batch: &[Recording]) -> Claims<'_> {
     let mut claims = BTreeMap::new();
     for Recording { event, idempotency } in batch {
         if let Some(Idempotency { key, body_hash }) = idempotency {
             claims
-                .entry(key.as_str())
+                .entry((event.tenant_id.as_str(), key.as_str()))
                 .or_insert((&body_hash[..], event.id, event.created_at));
         }
     }
     claims
+}
+
+/// The keys that nothing was saved under, since the id of their event was taken, by tenant and key.
+/// Whoever repeats such a request in the same batch is told the same.
+pub(super) fn unused_keys<'b>(
+    batch: &'b [Recording],
+    saved: &mut [Saved],
+) -> Vec<(&'b str, &'b str)> {
+    let keys: Vec<Option<(&str, &str)>> = batch
+        .iter()
+        .map(|Recording { event, idempotency }| {
+            Some((event.tenant_id.as_str(), idempotency.as_ref()?.key.as_str()))
+        })
+        .collect();
+    let unused: HashSet<(&str, &str)> = (keys.iter().zip(saved.iter()))
+        .filter(|(_, saved)| **saved == Saved::IdTaken)
+        .filter_map(|(key, _)| *key)
+        .collect();
+    for (key, saved) in keys.iter().zip(saved) {
+        if key.is_some_and(|key| unused.contains(&key)) {
+            *saved = Saved::IdTaken;
+        }
+    }
+    unused.into_iter().collect()
 }
 
 /// The interval of `since` and `until`, whole where they are not set.

@@ -12,7 +12,7 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
-use super::events::{Key, Receipt, Slice, Undelivered};
+use super::events::{Key, KnownKey, Receipt, Slice, Undelivered};
 use super::exports::{Export, ExportDelivery, ExportRequest};
 use super::ledger::Run;
 use super::{StorageError, StorageResult};
@@ -367,13 +367,13 @@ pub(super) fn receipt<R: Columns>(row: &R, at: DateTime<Utc>) -> StorageResult<R
 pub(super) fn idempotency<R: Columns>(
     row: &R,
     body_hash: Vec<u8>,
-) -> StorageResult<(String, (Vec<u8>, EventId))> {
+) -> StorageResult<(KnownKey, (Vec<u8>, EventId))> {
     let row = Reader {
         row,
         table: "idempotency_keys",
     };
     Ok((
-        row.text("key")?,
+        (row.text("tenant_id")?, row.text("key")?),
         (body_hash, row.id("event_id", EventId::new)?),
     ))
 }

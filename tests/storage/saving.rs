@@ -374,6 +374,42 @@ conformance! {
         assert_eq!(db.count("idempotency_keys").await, 0);
     }
 
+    async fn of_requests_that_are_saved_together_only_the_refused_fail(db) {
+        for round in 0..5 {
+            let barrier = Arc::new(Barrier::new(32));
+            let mut tasks = JoinSet::new();
+            for n in 0..32 {
+                let (events, barrier) = (db.events.clone(), barrier.clone());
+                tasks.spawn(async move {
+                    let number = round * 32 + n + 1;
+                    let tenant = if n % 2 == 0 { acme() } else { globex() };
+                    let mut event = event().id(id(number)).record(&tenant, t0()).unwrap();
+                    let is_refused = n % 8 == 5;
+                    if is_refused {
+                        event.expires_at = Some(event.created_at);
+                    }
+                    barrier.wait().await;
+                    let saved = events.save(&tenant, vec![keyed(event, &format!("k{number}"), 1)]).await;
+                    (is_refused, saved)
+                });
+            }
+            for (is_refused, saved) in tasks.join_all().await {
+                assert_eq!(saved.is_err(), is_refused, "{saved:?}");
+                assert!(is_refused || saved.unwrap() == [Saved::Created]);
+            }
+        }
+        assert_eq!(db.count("contact_events").await, 5 * 28);
+        assert_eq!(db.count("idempotency_keys").await, 5 * 28);
+    }
+
+    async fn a_repeat_in_the_same_batch_of_what_was_refused_is_refused_too(db) {
+        db.given(&acme(), [event().id(id(1)).recorded()]).await;
+        let again = || keyed(event().id(id(1)).recorded(), "k", 1);
+        let saved = db.events.save(&acme(), vec![again(), again()]).await.unwrap();
+        assert_eq!(saved, [Saved::IdTaken, Saved::IdTaken]);
+        assert_eq!(db.count("idempotency_keys").await, 0);
+    }
+
     async fn old_idempotency_keys_are_forgotten_and_young_ones_kept(db) {
         for (tenant, key, age) in [
             (acme(), "older", hours(25)), (acme(), "old", hours(24) + MICRO), (acme(), "edge", hours(24)),

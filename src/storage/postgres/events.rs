@@ -14,9 +14,9 @@ use crate::domain::{
     TenantId,
 };
 use crate::storage::events::{
-    Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, MAX_EXACT_TOTAL, Page, Receipt, Recording,
-    Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View, audit_change, bounds, claims,
-    first_key, judge, last_key, pending_after,
+    Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, KnownKey, MAX_EXACT_TOTAL, Page, Receipt,
+    Recording, Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View, audit_change, bounds,
+    claims, first_key, judge, last_key, pending_after, unused_keys,
 };
 use crate::storage::rows::{self, Columns};
 use crate::storage::{StorageError, StorageResult};
@@ -790,9 +790,9 @@ async fn save(
     let (fresh, known) = claim_keys(db, tenant, batch).await?;
     let mut saved = judge(batch, &fresh, &known);
     insert(&mut *db, tenant, batch, &mut saved).await?;
-    let unused: Vec<&str> = (batch.iter().zip(&saved))
-        .filter(|(_, saved)| **saved == Saved::IdTaken)
-        .filter_map(|(recording, _)| Some(recording.idempotency.as_ref()?.key.as_str()))
+    let unused: Vec<&str> = unused_keys(batch, &mut saved)
+        .into_iter()
+        .map(|(_, key)| key)
         .collect();
     if !unused.is_empty() {
         sqlx::query("delete from idempotency_keys where tenant_id = $1 and key = any($2)")
@@ -804,16 +804,16 @@ async fn save(
     Ok(saved)
 }
 
-type Known = HashMap<String, (Vec<u8>, EventId)>;
+type Known = HashMap<KnownKey, (Vec<u8>, EventId)>;
 
 /// Claims the batch's keys; answers those that are fresh, and what is known of the others.
 async fn claim_keys(
     db: &mut PgConnection,
     tenant: &TenantId,
     batch: &[Recording],
-) -> StorageResult<(HashSet<String>, Known)> {
+) -> StorageResult<(HashSet<KnownKey>, Known)> {
     let claims = claims(batch);
-    let keys: Vec<&str> = claims.keys().copied().collect();
+    let keys: Vec<&str> = claims.keys().map(|(_, key)| *key).collect();
     let hashes: Vec<&[u8]> = claims.values().map(|(hash, ..)| *hash).collect();
     let ids: Vec<Uuid> = claims.values().map(|(_, id, _)| id.uuid()).collect();
     let times: Vec<DateTime<Utc>> = claims.values().map(|(.., at)| *at).collect();
@@ -837,17 +837,20 @@ async fn claim_keys(
     .bind(IDEMPOTENCY_WINDOW)
     .fetch_all(&mut *db)
     .await?;
-    let fresh: HashSet<String> = fresh.into_iter().collect();
+    let fresh: HashSet<KnownKey> = fresh
+        .into_iter()
+        .map(|key| (tenant.to_string(), key))
+        .collect();
     let others: Vec<&str> = claims
         .keys()
-        .copied()
-        .filter(|key| !fresh.contains(*key))
+        .map(|(_, key)| *key)
+        .filter(|key| !fresh.contains(&(tenant.to_string(), (*key).to_owned())))
         .collect();
     if others.is_empty() {
         return Ok((fresh, Known::new()));
     }
     let rows = sqlx::query(
-        "select key, body_hash, event_id from idempotency_keys
+        "select tenant_id, key, body_hash, event_id from idempotency_keys
          where tenant_id = $1 and key = any($2)",
     )
     .bind(tenant.as_str())

@@ -15,9 +15,9 @@ use crate::domain::{
     Audience, Category, ContactEvent, ContactId, EventId, EventType, SessionId, Subject, TenantId,
 };
 use crate::storage::events::{
-    Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, MAX_EXACT_TOTAL, Page, Receipt, Recording,
-    Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View, audit_change, bounds, claims,
-    first_key, judge, last_key, pending_after,
+    Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, KnownKey, MAX_EXACT_TOTAL, Page, Receipt,
+    Recording, Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View, audit_change, bounds,
+    claims, first_key, judge, last_key, pending_after, unused_keys,
 };
 use crate::storage::rows::{self, Columns};
 use crate::storage::{StorageError, StorageResult};
@@ -32,8 +32,8 @@ macro_rules! event_columns {
 }
 pub(super) use event_columns;
 
-/// Rows of one multi-row insert: 20 columns each, well under SQLite's 32,766 parameters.
-const INSERT_ROWS: usize = 500;
+/// Rows of one multi-row insert at most: 20 columns each, well under SQLite's 32,766 parameters.
+const INSERT_ROWS: usize = 256;
 
 impl SqliteStorage {
     /// Reads one page, one row more than asked for.
@@ -50,10 +50,13 @@ impl SqliteStorage {
 #[async_trait]
 impl EventRepository for SqliteStorage {
     async fn save(&self, tenant: &TenantId, batch: Vec<Recording>) -> StorageResult<Vec<Saved>> {
-        let tenant = tenant.clone();
-        self.writer
-            .write(move |db| Box::pin(async move { save(db, &tenant, &batch).await }))
-            .await
+        debug_assert!(
+            batch
+                .iter()
+                .all(|recording| recording.event.tenant_id == *tenant),
+            "an event is saved for its own tenant"
+        );
+        self.writer.save(batch).await
     }
 
     async fn update(
@@ -752,35 +755,35 @@ fn receipts(rows: &[SqliteRow], now: DateTime<Utc>) -> StorageResult<Vec<Receipt
     rows.iter().map(|row| rows::receipt(row, now)).collect()
 }
 
-async fn save(
+/// Saves a batch, which may be of several requests and tenants: two statements, however many.
+pub(super) async fn save(
     db: &mut SqliteConnection,
-    tenant: &TenantId,
     batch: &[Recording],
 ) -> StorageResult<Vec<Saved>> {
-    let (fresh, known) = claim_keys(db, tenant, batch).await?;
+    let (fresh, known) = claim_keys(db, batch).await?;
     let mut saved = judge(batch, &fresh, &known);
     let wanted: Vec<usize> = (0..batch.len())
         .filter(|&index| saved[index] == Saved::Created)
         .collect();
-    for chunk in wanted.chunks(INSERT_ROWS) {
-        let mut inserted =
-            insert(db, tenant, chunk.iter().map(|&index| &batch[index].event)).await?;
+    for chunk in chunks(&wanted) {
+        let inserted = insert(db, chunk.iter().map(|&index| &batch[index].event)).await?;
+        let mut inserted: HashSet<(&str, Uuid)> = inserted
+            .iter()
+            .map(|(tenant, id)| (tenant.as_str(), *id))
+            .collect();
         for &index in chunk {
-            if !inserted.remove(&batch[index].event.id.uuid()) {
+            let event = &batch[index].event;
+            if !inserted.remove(&(event.tenant_id.as_str(), event.id.uuid())) {
                 saved[index] = Saved::IdTaken;
             }
         }
     }
-    let unused: Vec<&str> = (batch.iter().zip(&saved))
-        .filter(|(_, saved)| **saved == Saved::IdTaken)
-        .filter_map(|(recording, _)| Some(recording.idempotency.as_ref()?.key.as_str()))
-        .collect();
+    let unused = unused_keys(batch, &mut saved);
     if !unused.is_empty() {
         sqlx::query(
             "delete from idempotency_keys
-             where tenant_id = $1 and key in (select value from json_each($2))",
+             where (tenant_id, key) in (select value ->> 0, value ->> 1 from json_each($1))",
         )
-        .bind(tenant.as_str())
         .bind(set(&unused))
         .execute(db)
         .await?;
@@ -788,14 +791,28 @@ async fn save(
     Ok(saved)
 }
 
-type Known = HashMap<String, (Vec<u8>, EventId)>;
+/// Chunks of 256, 128, 64 … rows: so few sizes that each statement stays prepared.
+fn chunks(mut rows: &[usize]) -> Vec<&[usize]> {
+    let mut chunks = Vec::new();
+    let mut size = INSERT_ROWS;
+    while !rows.is_empty() {
+        while size > rows.len() {
+            size /= 2;
+        }
+        let (chunk, rest) = rows.split_at(size);
+        chunks.push(chunk);
+        rows = rest;
+    }
+    chunks
+}
+
+type Known = HashMap<KnownKey, (Vec<u8>, EventId)>;
 
 /// Claims the batch's keys; answers those that are fresh, and what is known of the others.
 async fn claim_keys(
     db: &mut SqliteConnection,
-    tenant: &TenantId,
     batch: &[Recording],
-) -> StorageResult<(HashSet<String>, Known)> {
+) -> StorageResult<(HashSet<KnownKey>, Known)> {
     let claims = claims(batch);
     if claims.is_empty() {
         return Ok((HashSet::new(), Known::new()));
@@ -803,13 +820,16 @@ async fn claim_keys(
     let mut query = sqlx::QueryBuilder::<sqlx::Sqlite>::new(
         "insert into idempotency_keys (tenant_id, key, body_hash, event_id, created_at) ",
     );
-    query.push_values(&claims, |mut row, (key, (hash, id, created_at))| {
-        row.push_bind(tenant.as_str())
-            .push_bind(*key)
-            .push_bind(*hash)
-            .push_bind(text(id.uuid()))
-            .push_bind(at(*created_at));
-    });
+    query.push_values(
+        &claims,
+        |mut row, ((tenant, key), (hash, id, created_at))| {
+            row.push_bind(*tenant)
+                .push_bind(*key)
+                .push_bind(*hash)
+                .push_bind(text(id.uuid()))
+                .push_bind(at(*created_at));
+        },
+    );
     // A key older than the window is as good as new.
     query.push(
         " on conflict (tenant_id, key) do update \
@@ -818,26 +838,26 @@ async fn claim_keys(
     );
     query
         .push_bind(IDEMPOTENCY_WINDOW.num_microseconds())
-        .push(" returning key");
-    let fresh: HashSet<String> = query
-        .build_query_scalar()
+        .push(" returning tenant_id, key");
+    let fresh: HashSet<KnownKey> = query
+        .build_query_as()
+        .persistent(claims.len() == 1)
         .fetch_all(&mut *db)
         .await?
         .into_iter()
         .collect();
-    let others: Vec<&str> = claims
+    let others: Vec<(&str, &str)> = claims
         .keys()
         .copied()
-        .filter(|key| !fresh.contains(*key))
+        .filter(|(tenant, key)| !fresh.contains(&((*tenant).to_owned(), (*key).to_owned())))
         .collect();
     if others.is_empty() {
         return Ok((fresh, Known::new()));
     }
     let rows = sqlx::query(
-        "select key, body_hash, event_id from idempotency_keys
-         where tenant_id = $1 and key in (select value from json_each($2))",
+        "select tenant_id, key, body_hash, event_id from idempotency_keys
+         where (tenant_id, key) in (select value ->> 0, value ->> 1 from json_each($1))",
     )
-    .bind(tenant.as_str())
     .bind(set(&others))
     .fetch_all(db)
     .await?;
@@ -847,19 +867,18 @@ async fn claim_keys(
     Ok((fresh, known.collect::<StorageResult<_>>()?))
 }
 
-/// Inserts events; answers the ids of those that were new.
+/// Inserts events; answers tenant and id of those that were new.
 async fn insert<'e>(
     db: &mut SqliteConnection,
-    tenant: &TenantId,
     events: impl Iterator<Item = &'e ContactEvent>,
-) -> StorageResult<HashSet<Uuid>> {
+) -> StorageResult<Vec<(String, Uuid)>> {
     let mut query = sqlx::QueryBuilder::<sqlx::Sqlite>::new(
         "insert into contact_events (tenant_id, id, contact_id, session_id, event_type, category, priority, \
          source, title, description, payload, metadata, triggered_by, integration_source, is_realtime, \
          visible_to_client, visible_to_agent, expires_at, occurred_at, created_at) ",
     );
     query.push_values(events, |mut row, event| {
-        row.push_bind(tenant.as_str())
+        row.push_bind(event.tenant_id.as_str())
             .push_bind(text(event.id.uuid()))
             .push_bind(text(event.contact_id.uuid()))
             .push_bind(event.session_id.map(|id| text(id.uuid())))
@@ -880,14 +899,11 @@ async fn insert<'e>(
             .push_bind(at(event.occurred_at))
             .push_bind(at(event.created_at));
     });
-    query.push(" on conflict (tenant_id, id) do nothing returning id");
-    let rows = query.build().fetch_all(db).await?;
+    query.push(" on conflict (tenant_id, id) do nothing returning tenant_id, id");
+    let rows: Vec<(String, Hyphenated)> = query.build_query_as().fetch_all(db).await?;
     Ok(rows
-        .iter()
-        .map(|row| row.uuid("id"))
-        .collect::<Result<Vec<_>, _>>()?
         .into_iter()
-        .flatten()
+        .map(|(tenant, id)| (tenant, id.into_uuid()))
         .collect())
 }
 

@@ -4,6 +4,11 @@
 //! savepoint of its own, commits once, and only then answers. With one client every request pays an
 //! fsync; with 64, 64 of them share it.
 //!
+//! Each statement costs two switches to the thread that sqlx runs SQLite on, which is more than most
+//! statements cost themselves. So what is asked for most, saving an event, is merged further: all
+//! events that wait become rows of one statement. Where that is refused, each request is tried alone,
+//! so that nobody suffers for another's fault.
+//!
 //! Checkpoints are made here, not by SQLite itself, which ignores the result of its automatic ones:
 //! a checkpoint whose fsync failed must stop the daemon like a commit's.
 
@@ -16,7 +21,7 @@ use sqlx::{ConnectOptions, Connection};
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use crate::storage::{StorageError, StorageResult};
+use crate::storage::{Recording, Saved, StorageError, StorageResult};
 
 /// Requests that share a transaction at most: bounds the time that the first one waits.
 const BATCH: usize = 256;
@@ -72,9 +77,137 @@ struct Done {
     answer: Box<dyn FnOnce(Option<StorageError>) + Send>,
 }
 
+/// Events of one request that wait to be saved.
+struct Saving {
+    batch: Vec<Recording>,
+    answer: oneshot::Sender<StorageResult<Vec<Saved>>>,
+}
+
+/// What waits in the queue.
+enum Waiting {
+    Save(Saving),
+    Other(Box<dyn Request>),
+}
+
+/// Events of several requests, saved in one statement.
+struct Merged(Vec<Saving>);
+
+impl Request for Merged {
+    fn run(self: Box<Self>, connection: &mut SqliteConnection) -> BoxFuture<'_, Done> {
+        Box::pin(async move {
+            let (batches, answers): (Vec<_>, Vec<_>) = (self.0.into_iter())
+                .map(|saving| (saving.batch, saving.answer))
+                .unzip();
+            let (results, error) = match save_each(connection, batches).await {
+                Ok(results) => (results, None),
+                Err(error) => (Vec::new(), Some(error)),
+            };
+            let fault = error.clone();
+            let tell = move |failure: Option<StorageError>| {
+                let failure = failure.or(fault);
+                let mut results = results.into_iter();
+                for answer in answers {
+                    let result = match &failure {
+                        Some(failure) => Err(failure.clone()),
+                        None => results.next().unwrap_or(Err(StorageError::Closed)),
+                    };
+                    // A caller that went away does not need the answer.
+                    drop(answer.send(result));
+                }
+            };
+            Done {
+                error,
+                answer: Box::new(tell),
+            }
+        })
+    }
+
+    fn fail(self: Box<Self>, error: StorageError) {
+        for saving in self.0 {
+            drop(saving.answer.send(Err(error.clone())));
+        }
+    }
+}
+
+/// Saves batches in one statement, or, where it is refused, each in a savepoint of its own. The outer
+/// error means that nothing of it is saved.
+async fn save_each(
+    connection: &mut SqliteConnection,
+    batches: Vec<Vec<Recording>>,
+) -> StorageResult<Vec<StorageResult<Vec<Saved>>>> {
+    if let [alone] = batches.as_slice() {
+        // It has the savepoint of its step.
+        return Ok(vec![Ok(super::events::save(connection, alone).await?)]);
+    }
+    let sizes: Vec<usize> = batches.iter().map(Vec::len).collect();
+    let all: Vec<Recording> = batches.into_iter().flatten().collect();
+    if let Ok(saved) = in_savepoint(connection, &all).await? {
+        let mut saved = saved.into_iter();
+        let results = sizes
+            .iter()
+            .map(|size| Ok(saved.by_ref().take(*size).collect()));
+        return Ok(results.collect());
+    }
+    let mut rest = all.as_slice();
+    let mut results = Vec::with_capacity(sizes.len());
+    for size in sizes {
+        let (batch, others) = rest.split_at(size);
+        rest = others;
+        results.push(in_savepoint(connection, batch).await?);
+    }
+    Ok(results)
+}
+
+/// Saves a batch in a savepoint. The outer error means that the transaction is lost.
+async fn in_savepoint(
+    connection: &mut SqliteConnection,
+    batch: &[Recording],
+) -> StorageResult<StorageResult<Vec<Saved>>> {
+    sqlx::query("savepoint saving")
+        .execute(&mut *connection)
+        .await?;
+    let saved = super::events::save(connection, batch).await;
+    if let Err(error) = &saved {
+        if ends_transaction(error) {
+            return Err(error.clone());
+        }
+        sqlx::query("rollback to saving")
+            .execute(&mut *connection)
+            .await?;
+    }
+    sqlx::query("release saving").execute(connection).await?;
+    Ok(saved)
+}
+
+/// The disk or the file failed: SQLite may have ended the transaction by itself, and the requests
+/// behind would run outside of one.
+fn ends_transaction(error: &StorageError) -> bool {
+    matches!(
+        error,
+        StorageError::Full(_) | StorageError::Unavailable(_) | StorageError::Durability(_)
+    )
+}
+
+/// The steps of a transaction: all savings as one, then the others.
+fn steps(batch: &mut Vec<Waiting>) -> Vec<Box<dyn Request>> {
+    let (mut savings, mut others) = (Vec::new(), Vec::new());
+    for waiting in batch.drain(..) {
+        match waiting {
+            Waiting::Save(saving) => savings.push(saving),
+            Waiting::Other(request) => others.push(request),
+        }
+    }
+    if savings.is_empty() {
+        return others;
+    }
+    let mut steps: Vec<Box<dyn Request>> = vec![Box::new(Merged(savings))];
+    steps.append(&mut others);
+    steps
+}
+
 #[derive(Clone, Debug)]
 pub(super) struct Writer {
-    requests: mpsc::Sender<Box<dyn Request>>,
+    requests: mpsc::Sender<Waiting>,
     failed: CancellationToken,
     task: Arc<Mutex<Option<tokio::task::JoinHandle<()>>>>,
     closing: CancellationToken,
@@ -130,16 +263,29 @@ impl Writer {
             + Send
             + 'static,
     {
+        let (answer, receiver) = oneshot::channel();
+        let waiting = Waiting::Other(Box::new(Pending { request, answer }));
+        self.ask(waiting, receiver).await
+    }
+
+    /// Saves events together with those of others that wait; durable when this returns.
+    pub(super) async fn save(&self, batch: Vec<Recording>) -> StorageResult<Vec<Saved>> {
+        let (answer, receiver) = oneshot::channel();
+        self.ask(Waiting::Save(Saving { batch, answer }), receiver)
+            .await
+    }
+
+    async fn ask<T>(
+        &self,
+        waiting: Waiting,
+        answer: oneshot::Receiver<StorageResult<T>>,
+    ) -> StorageResult<T> {
         if self.failed.is_cancelled() {
             return Err(StorageError::Closed);
         }
-        let (answer, receiver) = oneshot::channel();
-        let queued = self
-            .requests
-            .send(Box::new(Pending { request, answer }))
-            .await;
+        let queued = self.requests.send(waiting).await;
         queued.map_err(|_closed| StorageError::Closed)?;
-        receiver.await.map_err(|_dropped| StorageError::Closed)?
+        answer.await.map_err(|_dropped| StorageError::Closed)?
     }
 
     /// Ends after what has been asked for is committed.
@@ -161,11 +307,7 @@ struct Worker {
 }
 
 impl Worker {
-    async fn serve(
-        &mut self,
-        mut queue: mpsc::Receiver<Box<dyn Request>>,
-        closing: CancellationToken,
-    ) {
+    async fn serve(&mut self, mut queue: mpsc::Receiver<Waiting>, closing: CancellationToken) {
         let mut batch = Vec::with_capacity(BATCH);
         loop {
             tokio::select! {
@@ -174,7 +316,7 @@ impl Worker {
                 // Biased: what was queued before the close is served first.
                 () = closing.cancelled() => return,
             }
-            let (done, result) = self.transact(&mut batch).await;
+            let (done, result) = self.transact(steps(&mut batch)).await;
             let failure = result.err();
             for done in done {
                 (done.answer)(failure.clone());
@@ -193,20 +335,20 @@ impl Worker {
         }
     }
 
-    /// Runs a batch in one transaction. On an error everything in it is rolled back.
+    /// Runs steps in one transaction. On an error everything in it is rolled back.
     async fn transact(
         &mut self,
-        batch: &mut Vec<Box<dyn Request>>,
+        mut steps: Vec<Box<dyn Request>>,
     ) -> (Vec<Done>, StorageResult<()>) {
-        let mut done = Vec::with_capacity(batch.len());
-        let result = self.try_transact(batch, &mut done).await;
+        let mut done = Vec::with_capacity(steps.len());
+        let result = self.try_transact(&mut steps, &mut done).await;
         if let Err(error) = &result {
             // Fails where SQLite has rolled back by itself, as it does when the disk is full.
             if let Err(rollback) = sqlx::query("rollback").execute(&mut self.connection).await {
                 tracing::debug!(error = %rollback, "nothing was left to roll back");
             }
-            for request in batch.drain(..) {
-                request.fail(error.clone());
+            for step in steps {
+                step.fail(error.clone());
             }
         }
         (done, result)
@@ -214,15 +356,15 @@ impl Worker {
 
     async fn try_transact(
         &mut self,
-        batch: &mut Vec<Box<dyn Request>>,
+        steps: &mut Vec<Box<dyn Request>>,
         done: &mut Vec<Done>,
     ) -> StorageResult<()> {
         sqlx::query("begin immediate")
             .execute(&mut self.connection)
             .await?;
-        let alone = batch.len() == 1;
-        batch.reverse();
-        while let Some(request) = batch.pop() {
+        let alone = steps.len() == 1;
+        steps.reverse();
+        while let Some(request) = steps.pop() {
             if !alone {
                 sqlx::query("savepoint request")
                     .execute(&mut self.connection)
@@ -238,14 +380,7 @@ impl Worker {
                         .execute(&mut self.connection)
                         .await?;
                 }
-                // The disk or the file failed: SQLite may have ended the transaction by itself, and
-                // the requests behind would run outside of one.
-                Some(
-                    error @ (StorageError::Full(_)
-                    | StorageError::Unavailable(_)
-                    | StorageError::Durability(_)),
-                ) => return Err(error),
-                Some(error) if alone => return Err(error),
+                Some(error) if alone || ends_transaction(&error) => return Err(error),
                 Some(_) => {
                     sqlx::query("rollback to request")
                         .execute(&mut self.connection)
