@@ -8,4 +8,5 @@
 pub mod builders;
 pub mod daemon;
 pub mod database;
+pub mod smtp;
 pub mod socket;
