@@ -3,9 +3,11 @@
 //!
 //! # The layers
 //!
-//! Dependencies point down: [`domain`] ← [`storage`] ← [`jobs`], [`live`], [`export`], [`mail`] ←
-//! [`api`] ← [`daemon`] ← [`cli`]. [`config`], [`access`] and [`telemetry`] stand beside them;
-//! [`timeline`] holds the use cases that HTTP, jobs and the command line share.
+//! Dependencies point down: [`domain`] ← [`storage`] ← [`jobs`], [`live`], [`export`], [`mail`],
+//! [`timeline`] ← [`api`] ← [`daemon`] ← [`lifecycle`] ← [`cli`]. [`config`], [`access`] and
+//! [`telemetry`] stand beside them: every layer but the domain may use them, and of the layers they
+//! use plain values alone (schedules, retry policies, a run). [`timeline`] holds the use cases that
+//! HTTP, jobs and the command line share. `tests/layers.rs` holds the code to this map.
 //!
 //! # Four walks
 //!

@@ -188,11 +188,11 @@ impl Metrics {
             .inc_by(run.counts.get("expired").copied().unwrap_or(0));
     }
 
-    /// The metrics as Prometheus text; `sockets` are the connections that are open now.
+    /// The metrics as Prometheus text; `sockets` are the connections that are open now,
+    /// `unreadable` the stored events that could not be read.
     #[must_use]
-    pub fn encode(&self, sockets: u64) -> String {
+    pub fn encode(&self, sockets: u64, unreadable: u64) -> String {
         self.sockets.set(i64::try_from(sockets).unwrap_or(i64::MAX));
-        let unreadable = crate::storage::unreadable_rows();
         self.unreadable
             .set(i64::try_from(unreadable).unwrap_or(i64::MAX));
         let mut text = String::new();

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::jobs::Pulse;
 use crate::live::Hub;
-use crate::storage::Storage;
+use crate::storage::{Storage, unreadable_rows};
 use crate::telemetry::{Metrics, chain};
 
 /// A database that takes longer than this to answer is not ready.
@@ -99,7 +99,7 @@ pub fn metrics(metrics: Arc<Metrics>, hub: Arc<Hub>) -> Router {
             let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             (
                 [(header::CONTENT_TYPE, content_type)],
-                metrics.encode(hub.open_connections()),
+                metrics.encode(hub.open_connections(), unreadable_rows()),
             )
         }),
     )
