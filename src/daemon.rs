@@ -405,6 +405,7 @@ fn delivery_batch(jobs: &[JobDefinition]) -> Option<u32> {
 pub async fn open_storage(config: &Config) -> anyhow::Result<Storage> {
     match &config.database.url {
         DatabaseUrl::Sqlite(path) => {
+            touch(path)?;
             let durable = config.database.synchronous == Synchronous::Full;
             let storage = SqliteStorage::open(path, durable).await.with_context(|| {
                 format!("cannot open the database {} (database.url)", path.display())
@@ -414,10 +415,25 @@ pub async fn open_storage(config: &Config) -> anyhow::Result<Storage> {
         DatabaseUrl::Postgres(url) => {
             let storage = PgStorage::open(url.expose_secret())
                 .await
-                .context("cannot reach the PostgreSQL of database.url")?;
+                .with_context(|| format!("cannot use {} (database.url)", config.database.url))?;
             Ok(Storage::postgres(storage))
         }
     }
+}
+
+/// Makes a SQLite file, readable by its user alone, and finds out what the system has against it:
+/// `SQLite` would only say that it is unable to open it. Before any connection, since closing a file
+/// lets go of all locks that this process holds on it.
+fn touch(path: &Path) -> anyhow::Result<()> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map(drop)
+        .with_context(|| format!("cannot open the database {} (database.url)", path.display()))
 }
 
 /// Access by the configuration, with the key of the state directory where none is configured.

@@ -15,10 +15,11 @@ pub enum Ended {
     Failed,
 }
 
-/// The signals that end the daemon; made before anything starts, so that none is missed.
+/// The signals that the daemon takes; made before anything starts, so that none is missed.
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
@@ -30,13 +31,22 @@ impl Signals {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
         })
     }
 
+    /// Waits for one that ends the daemon.
     async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return,
+                _ = self.interrupt.recv() => return,
+                // TODO: reload the configuration. Meanwhile a SIGHUP must not end the daemon, as it
+                // does by default: whoever sends one wants it to run on.
+                _ = self.hangup.recv() => tracing::warn!(
+                    "SIGHUP: there is no reload yet; the configuration of the start runs on, and a restart applies another"
+                ),
+            }
         }
     }
 }

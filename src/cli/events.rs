@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::{Message, http::HeaderValue};
 
-use super::{Done, Failure, Global, clock, load, open, out, print};
+use super::{Done, Failure, Global, access, clock, load, open, out, print};
 use crate::access::Scope;
 use crate::config::Config;
 use crate::domain::{
@@ -294,7 +294,9 @@ async fn watch(global: &Global, options: &Watch, config: &Config) -> Done {
     while options.count.is_none_or(|count| seen < count) {
         let message = match socket.next().await {
             Some(Ok(Message::Text(text))) => text,
-            Some(Ok(Message::Close(_))) | None => break,
+            Some(Ok(Message::Close(_))) | None => {
+                return Err(unreachable(&"it closed the connection"));
+            }
             Some(Ok(_)) => continue,
             Some(Err(error)) => return Err(unreachable(&error)),
         };
@@ -308,6 +310,11 @@ async fn watch(global: &Global, options: &Watch, config: &Config) -> Done {
                     .send(Message::text(ack.to_string()))
                     .await
                     .context("the connection broke")?;
+            }
+            Some("bye") if frame["code"] == 4401 => {
+                return Err(Failure::Denied(
+                    "the daemon does not accept the token, or it has run out".to_owned(),
+                ));
             }
             Some("bye") => {
                 let code = &frame["code"];
@@ -346,7 +353,7 @@ fn show(global: &Global, frame: &Value) -> Done {
 }
 
 fn own_token(config: &Config, tenant: &TenantId) -> Result<String, Failure> {
-    let access = crate::daemon::access(config)?;
+    let access = access(config)?;
     let subject = Subject::new("command line").expect("a short text");
     let scope = Scope::Agent {
         tenant: tenant.clone(),

@@ -1,12 +1,13 @@
 //! `timelined export`: adds an export, serves the queue until it is done, and takes the file.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use chrono::{DateTime, Utc};
-use clap::Args;
+use clap::{ArgGroup, Args};
 use lettre::Address;
 use serde_json::json;
 use tokio::sync::Notify;
@@ -24,6 +25,7 @@ use crate::storage::{DeliveryState, Export, ExportRequest, ExportState, NewExpor
 const LOOK: Duration = Duration::from_millis(100);
 
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("destination").required(true).args(["output", "to"]))]
 pub(super) struct Options {
     /// The contact.
     contact: ContactId,
@@ -34,12 +36,7 @@ pub(super) struct Options {
     #[arg(long, default_value = "csv")]
     format: Format,
     /// Where the file goes; - is standard output.
-    #[arg(
-        long,
-        value_name = "FILE",
-        conflicts_with = "to",
-        required_unless_present = "to"
-    )]
+    #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// To whom it is mailed; may be repeated.
     #[arg(long, value_name = "ADDRESS")]
@@ -63,11 +60,15 @@ pub(super) struct Options {
     #[arg(long, value_name = "FIELD", value_parser = REDACTABLE)]
     redact: Vec<String>,
     /// Mail where the file is instead of the file.
-    #[arg(long, requires = "to")]
+    #[arg(long)]
     no_attach: bool,
 }
 
 pub(super) async fn run(global: &Global, options: &Options) -> Done {
+    if options.no_attach && options.to.is_empty() {
+        // `requires` of clap says nothing here, since --to is ruled out by --output.
+        return Err(Failure::Usage("--no-attach is for --to".to_owned()));
+    }
     let config = load(global)?.config;
     let storage = open(&config).await?;
     let now = clock().now();
@@ -194,7 +195,11 @@ async fn finish(global: &Global, options: &Options, config: &Config, export: &Ex
     let file = config.export.directory.join(name);
     if output.as_os_str() == "-" {
         let mut source = std::fs::File::open(&file)?;
-        std::io::copy(&mut source, &mut std::io::stdout().lock())?;
+        match std::io::copy(&mut source, &mut std::io::stdout().lock()) {
+            // Whoever read has had enough, as `head` does.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
+            copied => drop(copied?),
+        }
         say(&format!("{} events", export.rows));
         return Ok(());
     }

@@ -11,6 +11,7 @@ mod run;
 mod token;
 
 use std::io::{self, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -18,10 +19,12 @@ use std::sync::Arc;
 use clap::{Args, Parser, Subcommand};
 use serde_json::Value;
 
-use crate::config::{Config, ConfigErrors, DatabaseUrl, Loaded, Request};
-use crate::daemon::open_storage;
+use crate::access::Access;
+use crate::config::{Config, ConfigErrors, DatabaseUrl, Loaded, Request, Verifier};
+use crate::daemon::{make_private_directory, open_storage};
 use crate::domain::{Clock, SystemClock};
 use crate::storage::{Storage, StorageError};
+use crate::telemetry::chain;
 
 /// Keeps the activity timeline of every contact of a CRM.
 #[derive(Debug, Parser)]
@@ -118,8 +121,8 @@ enum Failure {
     #[error("timelined: {0}")]
     Unreachable(String),
     /// 1: anything else.
-    #[error("timelined: {0:#}")]
-    Other(#[from] anyhow::Error),
+    #[error("timelined: {}", chain(&**.0))]
+    Other(anyhow::Error),
 }
 
 impl Failure {
@@ -136,15 +139,29 @@ impl Failure {
     }
 }
 
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        let is_denied = error
+            .chain()
+            .filter_map(|cause| cause.downcast_ref::<io::Error>())
+            .any(|cause| cause.kind() == io::ErrorKind::PermissionDenied);
+        if is_denied {
+            Self::Denied(chain(&*error))
+        } else {
+            Self::Other(error)
+        }
+    }
+}
+
 impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
-        Self::Other(error.into())
+        anyhow::Error::from(error).into()
     }
 }
 
 impl From<StorageError> for Failure {
     fn from(error: StorageError) -> Self {
-        Self::Other(error.into())
+        anyhow::Error::from(error).into()
     }
 }
 
@@ -173,9 +190,9 @@ fn environment() -> Vec<(String, String)> {
 
 /// Opens the database for a command, beside a daemon or without one.
 async fn open(config: &Config) -> Result<Storage, Failure> {
-    if let DatabaseUrl::Sqlite(path) = &config.database.url {
-        check_owner(path)?;
-        crate::daemon::make_private_directory(&config.state_directory)?;
+    if matches!(config.database.url, DatabaseUrl::Sqlite(_)) {
+        check_owner(config)?;
+        make_private_directory(&config.state_directory)?;
     }
     let storage = open_storage(config).await?;
     if config.database.migrate {
@@ -186,35 +203,45 @@ async fn open(config: &Config) -> Result<Storage, Failure> {
     Ok(storage)
 }
 
-/// A command of another user would leave files beside the database that the daemon cannot write.
-fn check_owner(path: &std::path::Path) -> Result<(), Failure> {
-    use std::os::unix::fs::MetadataExt as _;
-    let existing = path
-        .ancestors()
-        .find_map(|path| Some((path, std::fs::metadata(path).ok()?)));
-    let Some((existing, metadata)) = existing else {
-        return Ok(());
-    };
-    // Of the directories above only one that was made for the database counts.
-    if existing != path && Some(existing) != path.parent() {
-        return Ok(());
-    }
+/// A command of another user would leave files, in the state directory and beside a SQLite
+/// database, that the daemon cannot write.
+fn check_owner(config: &Config) -> Result<(), Failure> {
     let me = std::fs::metadata("/proc/self")?.uid();
-    if metadata.uid() == me {
-        return Ok(());
+    let mut paths = vec![config.state_directory.as_path()];
+    if let DatabaseUrl::Sqlite(file) = &config.database.url {
+        paths.extend(file.parent());
+        paths.push(file);
     }
-    Err(Failure::Denied(format!(
-        "{} belongs to the user with id {}, not to you ({me}): run the command as that user",
-        existing.display(),
-        metadata.uid()
-    )))
+    for path in paths {
+        // What is not there yet will belong to whoever makes it.
+        let Ok(metadata) = std::fs::metadata(path) else {
+            continue;
+        };
+        let owner = metadata.uid();
+        if owner != me {
+            return Err(Failure::Denied(format!(
+                "{} belongs to the user with id {owner}, not to you ({me}): run the command as that user",
+                path.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Access by the configuration; makes the daemon's own key where that is what it takes.
+fn access(config: &Config) -> Result<Access, Failure> {
+    if matches!(config.auth.verifier, Verifier::Hs256(None)) {
+        check_owner(config)?;
+        make_private_directory(&config.state_directory)?;
+    }
+    Ok(crate::daemon::access(config)?)
 }
 
 async fn migrate(global: &Global) -> Done {
     let loaded = load(global)?;
-    if let DatabaseUrl::Sqlite(path) = &loaded.config.database.url {
-        check_owner(path)?;
-        crate::daemon::make_private_directory(&loaded.config.state_directory)?;
+    if matches!(loaded.config.database.url, DatabaseUrl::Sqlite(_)) {
+        check_owner(&loaded.config)?;
+        make_private_directory(&loaded.config.state_directory)?;
     }
     let storage = open_storage(&loaded.config).await?;
     storage.migrate().await?;
@@ -234,7 +261,8 @@ fn print(global: &Global, json: &Value, text: impl FnOnce() -> String) -> Done {
     } else {
         text()
     };
-    out(&text)
+    // A list of nothing is no line at all.
+    if text.is_empty() { Ok(()) } else { out(&text) }
 }
 
 fn out(text: &str) -> Done {

@@ -1,12 +1,16 @@
 //! `timelined run`: the daemon.
 
-use super::{Done, Failure, Global, clock, load, out};
+use super::{Done, Failure, Global, check_owner, clock, load, out};
+use crate::config::DatabaseUrl;
 use crate::daemon::Daemon;
 use crate::lifecycle::{Ended, Signals, serve};
 use crate::telemetry::start_logs;
 
 pub(super) async fn run(global: &Global) -> Done {
     let loaded = load(global)?;
+    if matches!(loaded.config.database.url, DatabaseUrl::Sqlite(_)) {
+        check_owner(&loaded.config)?;
+    }
     let signals = Signals::new()?;
     start_logs(&loaded.config.log);
     tracing::info!(config = %loaded.file, "timelined {}", env!("CARGO_PKG_VERSION"));

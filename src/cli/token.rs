@@ -8,10 +8,8 @@ use chrono::TimeDelta;
 use clap::Args;
 use serde_json::json;
 
-use super::{Done, Failure, Global, clock, load, print};
+use super::{Done, Failure, Global, access, clock, load, print};
 use crate::access::{Role, Scope};
-use crate::config::{DatabaseUrl, Verifier};
-use crate::daemon::{access, make_private_directory};
 use crate::domain::{ContactId, Subject, TenantId, format_time};
 
 #[derive(Debug, Args)]
@@ -41,13 +39,6 @@ pub(super) struct Options {
 pub(super) fn run(global: &Global, options: &Options) -> Done {
     let config = load(global)?.config;
     let scope = scope(options)?;
-    if let (Verifier::Hs256(None), DatabaseUrl::Sqlite(_)) =
-        (&config.auth.verifier, &config.database.url)
-    {
-        // The key may be about to be made: beside the database, by its owner.
-        super::check_owner(&config.state_directory.join("hs256.key"))?;
-        make_private_directory(&config.state_directory)?;
-    }
     let access = access(&config)?;
     let default = || Subject::new(options.role.as_str()).expect("a role is a short text");
     let subject = options.subject.clone().unwrap_or_else(default);

@@ -1,5 +1,6 @@
 //! `[database]`: which engine keeps the events, and where.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -49,6 +50,16 @@ impl Database {
                 "full",
                 &choice(&[("full", Synchronous::Full), ("normal", Synchronous::Normal)]),
             ),
+        }
+    }
+}
+
+/// Without the password, if there is one.
+impl fmt::Display for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Sqlite(path) => path.display().fmt(f),
+            Self::Postgres(url) => f.write_str(&masked_url(url.expose_secret())),
         }
     }
 }

@@ -165,7 +165,7 @@ impl FromStr for EventType {
             Ok(Self(std::borrow::Cow::Owned(text.to_owned())))
         } else {
             Err(UnknownKind {
-                set: "event type",
+                set: "type of an event",
                 given: text.chars().take(64).collect(),
                 allowed: "1 to 64 of a-z 0-9 _ . beginning with a letter".to_owned(),
             })

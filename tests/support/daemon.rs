@@ -33,6 +33,7 @@ pub struct TestDaemon {
 pub struct Settings {
     directory: Arc<TempDir>,
     environment: Vec<(String, String)>,
+    removed: Vec<String>,
     config: Option<PathBuf>,
     /// Put before the binary, such as `strace -f …`.
     wrapper: Vec<String>,
@@ -50,6 +51,7 @@ impl Settings {
         Self {
             directory: Arc::new(tempfile::tempdir().expect("a temporary directory")),
             environment: Vec::new(),
+            removed: Vec::new(),
             config: None,
             wrapper: Vec::new(),
         }
@@ -58,6 +60,12 @@ impl Settings {
     /// A variable, such as `TIMELINED__DATABASE__URL`.
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Without a variable that is set for every test.
+    pub fn without(mut self, name: &str) -> Self {
+        self.removed.push(name.to_owned());
         self
     }
 
@@ -102,6 +110,9 @@ impl Settings {
             .env("TIMELINED__HTTP__OPS_LISTEN", "")
             .env("TIMELINED__AUTH__HS256_KEY", KEY)
             .envs(self.environment.iter().map(|(name, value)| (name, value)));
+        for name in &self.removed {
+            command.env_remove(name);
+        }
         command
     }
 
