@@ -58,6 +58,14 @@ impl JsonObject {
     /// [`JsonObjectError::NotObject`] where it is not the text of an object.
     pub fn from_stored(text: String) -> Result<Self, JsonObjectError> {
         match RawValue::from_string(text) {
+            // A raw value is not looked into: a lone surrogate, which the databases let through, would
+            // make the whole page that it stands in unreadable. Few texts have any surrogate at all.
+            Ok(raw)
+                if has_surrogate(raw.get())
+                    && serde_json::from_str::<Value>(raw.get()).is_err() =>
+            {
+                Err(JsonObjectError::NotObject)
+            }
             Ok(raw) if raw.get().starts_with('{') => Ok(Self(raw)),
             _ => Err(JsonObjectError::NotObject),
         }
@@ -86,6 +94,10 @@ impl Serialize for JsonObject {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         self.0.serialize(serializer)
     }
+}
+
+fn has_surrogate(text: &str) -> bool {
+    text.contains("\\ud") || text.contains("\\uD")
 }
 
 fn object_has_nul(object: &Map<String, Value>) -> bool {
