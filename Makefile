@@ -2,13 +2,19 @@
 CARGO ?= cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint tools
+.PHONY: help test soak bench lint tools
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: tools ## every test, on SQLite and on PostgreSQL
 	$(CARGO) test --locked
+
+soak: tools ## the long forms: more kills, larger tables
+	TIMELINED_SOAK=1 $(CARGO) test --locked --test durability
+
+bench: tools ## our figures beside their references; ONLY=purge for one section
+	PG_FSYNC=on $(CARGO) bench --locked --bench figures -- $(ONLY)
 
 lint: ## format, clippy and documentation, warnings as errors
 	$(CARGO) fmt --check

@@ -98,6 +98,12 @@ impl Purge {
             let began = Instant::now();
             let deleted = delete(limit).await?;
             let took = began.elapsed();
+            tracing::debug!(
+                what = name,
+                rows = deleted,
+                elapsed_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
+                "purged a batch"
+            );
             report.add(name, deleted);
             if deleted < u64::from(limit) {
                 return Ok(());

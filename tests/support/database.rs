@@ -125,7 +125,8 @@ impl Database {
         }
     }
 
-    async fn drop(self) {
+    /// Closes it and gives its space back.
+    pub async fn drop(self) {
         self.storage.close().await;
         match self.sql {
             Sql::Sqlite(pool) => pool.close().await,
