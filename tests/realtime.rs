@@ -4,38 +4,19 @@
     reason = "a test that panics fails, which is what is wanted"
 )]
 
+#[macro_use]
 mod support;
 
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use support::daemon::{Settings, TestDaemon, agent, client, eventually, service};
-use support::database::{Database, Engine, run};
+use support::database::{Database, Engine};
 use support::socket::Socket;
 use tokio_tungstenite::tungstenite::Message;
 
 const CONTACT: &str = "0190b5f0-7c1e-7d3a-8f00-000000000001";
 const OTHER: &str = "0190b5f0-7c1e-7d3a-8f00-000000000002";
-
-macro_rules! on_both_engines {
-    ($(async fn $name:ident($db:ident) $body:block)+) => {
-        $(async fn $name($db: &Database) $body)+
-
-        mod sqlite {
-            $(#[test]
-            fn $name() {
-                super::run(super::Engine::Sqlite, super::$name);
-            })+
-        }
-
-        mod postgres {
-            $(#[test]
-            fn $name() {
-                super::run(super::Engine::Postgres, super::$name);
-            })+
-        }
-    };
-}
 
 async fn daemon(db: &Database) -> TestDaemon {
     Settings::new()

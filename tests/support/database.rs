@@ -4,9 +4,9 @@
 //! database in a private cluster, which the first test that needs one starts and which ends with
 //! this process (`postgres.sh` follows its standard input).
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write as _};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use chrono::{DateTime, Utc};
@@ -294,28 +294,79 @@ impl Database {
     }
 }
 
-/// The address of this process's cluster.
-async fn cluster() -> &'static str {
-    // Its standard input stays open as long as this process lives.
-    static CLUSTER: OnceCell<(String, Child)> = OnceCell::const_new();
-    let start = async || {
+/// A private PostgreSQL (`postgres.sh`); ends with the value.
+pub struct Cluster {
+    child: Child,
+    commands: Option<ChildStdin>,
+    answers: BufReader<ChildStdout>,
+    url: String,
+}
+
+impl Cluster {
+    /// Starts one.
+    pub fn launch() -> Self {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/postgres.sh");
         let mut child = Command::new(script)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .expect("tests/support/postgres.sh starts");
-        let mut url = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap())
-            .read_line(&mut url)
-            .unwrap();
+        let commands = child.stdin.take();
+        let mut answers = BufReader::new(child.stdout.take().unwrap());
+        let url = line(&mut answers);
         assert!(
             url.starts_with("postgres://"),
             "no PostgreSQL for the tests; see tests/support/postgres.sh"
         );
-        (url.trim_end().to_owned(), child)
-    };
-    &CLUSTER.get_or_init(start).await.0
+        Self {
+            child,
+            commands,
+            answers,
+            url,
+        }
+    }
+
+    /// The address of its first database.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Stops the server; its data and its port stay.
+    pub fn stop(&mut self) {
+        self.command("stop", "stopped");
+    }
+
+    /// Starts the server again.
+    pub fn start(&mut self) {
+        self.command("start", "started");
+    }
+
+    fn command(&mut self, command: &str, answer: &str) {
+        let commands = self.commands.as_mut().expect("open until the end");
+        writeln!(commands, "{command}").unwrap();
+        assert_eq!(line(&mut self.answers), answer);
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // The script ends with its input, and removes the directory before it does.
+        drop(self.commands.take());
+        drop(self.child.wait());
+    }
+}
+
+fn line(answers: &mut impl BufRead) -> String {
+    let mut line = String::new();
+    answers.read_line(&mut line).unwrap();
+    line.trim_end().to_owned()
+}
+
+/// The address of this process's cluster.
+async fn cluster() -> &'static str {
+    // Never dropped: the kernel closes its standard input when this process ends.
+    static CLUSTER: OnceCell<Cluster> = OnceCell::const_new();
+    CLUSTER.get_or_init(async || Cluster::launch()).await.url()
 }
 
 /// Runs a statement that belongs to no database.
