@@ -19,7 +19,9 @@ use tokio::sync::Notify;
 use super::extract::{Id, Json, Params, STAFF, reader};
 use super::problem::Problem;
 use crate::access::{Identity, Role};
-use crate::domain::{Audience, Category, Clock, ContactId, ExportId, Fault, format_time, micros};
+use crate::domain::{
+    Audience, Category, Clock, ContactId, ExportId, Fault, format_time, parse_time,
+};
 use crate::export::{Format, REDACTABLE, message_ids};
 use crate::storage::{Export, ExportRequest, ExportState, ExportStore, NewExport};
 
@@ -207,16 +209,12 @@ impl Fields<'_> {
 
     fn time(&mut self, field: &'static str) -> Option<DateTime<Utc>> {
         let text: String = self.parsed(field)?;
-        match DateTime::parse_from_rfc3339(&text) {
-            Ok(time) => Some(micros(time.to_utc())),
-            Err(_not_rfc3339) => {
-                self.wrong(
-                    field,
-                    "must be a time of RFC 3339 such as 2026-01-31T12:00:00Z",
-                );
-                None
-            }
+        let time = parse_time(&text);
+        if time.is_none() {
+            let detail = "must be a time of RFC 3339 such as 2026-01-31T12:00:00Z";
+            self.wrong(field, detail);
         }
+        time
     }
 
     fn flag(&mut self, field: &'static str) -> Option<bool> {

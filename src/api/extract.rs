@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::Problem;
 use crate::access::{Access, Identity, Reader, Role};
-use crate::domain::micros;
+use crate::domain::parse_time;
 
 /// The largest offset; deeper pages go by cursor.
 pub(super) const MAX_OFFSET: u32 = 10_000;
@@ -213,9 +213,9 @@ impl Params {
         let Some(text) = self.text(name) else {
             return Ok(None);
         };
-        match DateTime::parse_from_rfc3339(&text) {
-            Ok(time) => Ok(Some(micros(time.to_utc()))),
-            Err(_not_rfc3339) => Err(Problem::bad_request(format!(
+        match parse_time(&text) {
+            Some(time) => Ok(Some(time)),
+            None => Err(Problem::bad_request(format!(
                 "{name} must be a time of RFC 3339 such as 2026-01-31T12:00:00Z (a + must be written %2B)"
             ))),
         }

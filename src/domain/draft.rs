@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     AgentId, Category, ContactEvent, ContactId, Delivery, EventId, EventType, JsonObject, Priority,
-    SessionId, Source, TenantId, Visibility, event_types, micros,
+    SessionId, Source, TenantId, Visibility, event_types, micros, parse_time,
 };
 
 /// How far ahead of the daemon's clock an event may claim to have happened: clocks differ.
@@ -559,16 +559,12 @@ impl Fields<'_> {
 
     fn time(&mut self, field: &'static str) -> Option<DateTime<Utc>> {
         let text = self.text(field)?;
-        match DateTime::parse_from_rfc3339(&text) {
-            Ok(time) => Some(micros(time.to_utc())),
-            Err(_not_rfc3339) => {
-                self.fault(
-                    field,
-                    "must be a time of RFC 3339 such as 2026-01-31T12:00:00Z",
-                );
-                None
-            }
+        let time = parse_time(&text);
+        if time.is_none() {
+            let detail = "must be a time of RFC 3339 such as 2026-01-31T12:00:00Z";
+            self.fault(field, detail);
         }
+        time
     }
 
     fn refuse_unknown(&mut self) {

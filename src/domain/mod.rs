@@ -13,7 +13,7 @@ mod kinds;
 mod retention;
 
 pub use audience::{Audience, Visibility};
-pub use clock::{Clock, ManualClock, SystemClock, micros};
+pub use clock::{Clock, ManualClock, SystemClock, micros, parse_time};
 pub use draft::{Fault, Invalid, MAX_FUTURE, NewContactEvent};
 pub use event::{ContactEvent, Delivery, format_time};
 pub use ids::{AgentId, ContactId, EventId, IdError, RunId, SessionId, Subject, TenantId};
