@@ -20,6 +20,16 @@ const MAX_INTEGRATION_SOURCE: usize = 255;
 const MAX_PAYLOAD: usize = 64 * 1024;
 const MAX_METADATA: usize = 16 * 1024;
 
+/// The fields that may be empty.
+const MAY_BE_NULL: [&str; 6] = [
+    "session_id",
+    "title",
+    "description",
+    "triggered_by",
+    "integration_source",
+    "expires_at",
+];
+
 /// One broken rule: where, as a JSON pointer (RFC 6901), and what is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Fault {
@@ -496,10 +506,15 @@ impl Fields<'_> {
     /// The value, where there is one that is not null.
     fn value(&mut self, field: &'static str) -> Option<Value> {
         self.known.push(field);
-        self.body
-            .get(field)
-            .filter(|value| !value.is_null())
-            .cloned()
+        match self.body.get(field)? {
+            // Taken for the default, a null from a caller's own gap would show an event to agents.
+            Value::Null if !MAY_BE_NULL.contains(&field) => {
+                self.fault(field, "must not be null; what is left out has its default");
+                None
+            }
+            Value::Null => None,
+            value => Some(value.clone()),
+        }
     }
 
     fn text(&mut self, field: &'static str) -> Option<String> {
@@ -508,7 +523,7 @@ impl Fields<'_> {
             other => {
                 self.fault(
                     field,
-                    format_args!("must be a text or null, is {}", type_name(&other)),
+                    format_args!("must be a text, is {}", type_name(&other)),
                 );
                 None
             }
@@ -633,6 +648,21 @@ mod tests {
     }
 
     const MICRO: TimeDelta = TimeDelta::microseconds(1);
+
+    #[test]
+    fn a_null_is_taken_only_where_a_field_may_be_empty() {
+        let mut body = json!({ "event_type": "x", "category": "note", "source": "agent" });
+        for field in MAY_BE_NULL {
+            body[field] = Value::Null;
+        }
+        assert!(NewContactEvent::from_json(&body, Some(contact())).is_ok());
+        body["visible_to_agent"] = Value::Null;
+        let faults = NewContactEvent::from_json(&body, Some(contact()))
+            .unwrap_err()
+            .0;
+        assert_eq!(faults.len(), 1);
+        assert_eq!(faults[0].pointer, "/visible_to_agent");
+    }
 
     #[test]
     fn an_event_is_expired_from_the_microsecond_of_its_expiry() {
