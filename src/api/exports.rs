@@ -93,7 +93,7 @@ fn parse(body: &Value, contact_id: ContactId, role: Role) -> Result<ExportReques
         faults: Vec::new(),
     };
     let format: Option<Format> = fields.parsed("format");
-    if format.is_none() && !body.contains_key("format") {
+    if body.get("format").is_none_or(Value::is_null) {
         fields.faults.push(fault("/format", "is required"));
     }
     let audience = fields.parsed("audience").unwrap_or(Audience::Client);

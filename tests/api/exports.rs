@@ -1,0 +1,192 @@
+//! Exports over HTTP.
+
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+
+use super::ask::{PATIENCE, assert_calm, daemon, get, id_of, post_json, record};
+use crate::support::builders::{contact, id};
+use crate::support::daemon::{TestDaemon, agent, client, eventually, service};
+
+fn path() -> String {
+    format!("/api/v1/contacts/{}/exports", contact(1))
+}
+
+/// Asks for an export and waits until it is done.
+async fn export(daemon: &TestDaemon, token: &str, body: &Value) -> Value {
+    let answer = post_json(daemon, &path(), token, body).await;
+    assert_eq!(answer.status, 202, "{}", answer.text);
+    let asked = answer.json();
+    let href = format!("/api/v1/exports/{}", id_of(&asked));
+    assert_eq!(
+        asked,
+        json!({ "id": asked["id"], "state": "queued", "href": href })
+    );
+    let one = async || get(daemon, &href, token).await.json();
+    eventually("the export ends", PATIENCE, async || {
+        !["queued", "running"].contains(&one().await["state"].as_str().unwrap())
+    })
+    .await;
+    one().await
+}
+
+/// Its file, as text.
+async fn file(daemon: &TestDaemon, token: &str, export: &Value) -> String {
+    let answer = get(daemon, export["file"].as_str().unwrap(), token).await;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    answer.text
+}
+
+on_both_engines! {
+    async fn an_export_is_asked_for_looked_at_and_taken(db) {
+        let daemon = daemon(db).await;
+        let token = agent("acme");
+        record(&daemon, contact(1), json!({ "title": "for the client", "visible_to_client": true })).await;
+        record(&daemon, contact(1), json!({ "title": "for agents" })).await;
+        record(&daemon, contact(2), json!({ "title": "of another", "visible_to_client": true })).await;
+        let done = export(&daemon, &token, &json!({ "format": "csv" })).await;
+        assert_eq!(done["state"], "done", "{done}");
+        assert_eq!(done["contact_id"], json!(contact(1)));
+        let defaults = [
+            ("audience", json!("client")), ("timezone", json!("UTC")), ("since", Value::Null), ("until", Value::Null),
+            ("categories", json!([])), ("redact", json!([])), ("attach", json!(true)), ("deliveries", json!([])),
+            ("requested_by", json!("agent")), ("attempts", json!(1)), ("error", Value::Null), ("rows", json!(1)),
+            ("progress", json!({ "rows": 1, "total": 1 })), ("format", json!("csv")),
+        ];
+        for (key, value) in defaults {
+            assert_eq!(done[key], value, "{key}: {done}");
+        }
+        for key in ["created_at", "started_at", "rendered_at", "finished_at", "expires_at"] {
+            assert!(done[key].as_str().unwrap().ends_with('Z'), "{key}: {done}");
+        }
+        let answer = get(&daemon, done["file"].as_str().unwrap(), &token).await;
+        assert_eq!(answer.status, 200);
+        assert_eq!(answer.header("content-type"), "text/csv; charset=utf-8; header=present");
+        let name = format!("attachment; filename=\"timeline-{}.csv\"", id_of(&done));
+        assert_eq!(answer.header("content-disposition"), name);
+        assert_eq!(answer.header("content-length"), done["bytes"].to_string());
+        assert_eq!(answer.header("cache-control"), "private, no-store");
+        assert_eq!(answer.text.len().to_string(), done["bytes"].to_string());
+        let hash: String = Sha256::digest(&answer.text).iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(done["sha256"], hash);
+        assert!(answer.text.starts_with('\u{feff}'));
+        assert!(answer.text.contains("for the client"));
+        assert!(!answer.text.contains("for agents") && !answer.text.contains("of another"), "{}", answer.text);
+        assert_calm(&daemon);
+    }
+
+    async fn an_export_keeps_to_its_audience_categories_period_and_redaction(db) {
+        let daemon = daemon(db).await;
+        let titled = |title: &str, category: &str, at: &str, client: bool, agent: bool| json!({
+            "title": title, "description": "a secret word", "category": category, "occurred_at": at,
+            "visible_to_client": client, "visible_to_agent": agent,
+        });
+        for more in [
+            titled("first", "note", "2026-01-01T00:00:00Z", true, true),
+            titled("second", "tag", "2026-01-02T00:00:00Z", false, true),
+            titled("third", "note", "2026-01-03T00:00:00Z", false, false),
+        ] {
+            record(&daemon, contact(1), more).await;
+        }
+        let titles = ["first", "second", "third"];
+        for (request, expected) in [
+            (json!({ "audience": "client" }), vec!["first"]),
+            (json!({ "audience": "agent" }), vec!["first", "second"]),
+            (json!({ "audience": "audit" }), vec!["first", "second", "third"]),
+            (json!({ "audience": "audit", "categories": ["note"] }), vec!["first", "third"]),
+            (json!({ "audience": "audit", "since": "2026-01-02T00:00:00Z" }), vec!["second", "third"]),
+            (json!({ "audience": "audit", "until": "2026-01-02T00:00:00Z" }), vec!["first"]),
+        ] {
+            let mut request = request;
+            request["format"] = json!("csv");
+            let done = export(&daemon, &service("acme"), &request).await;
+            let text = file(&daemon, &service("acme"), &done).await;
+            let found: Vec<&str> = titles.into_iter().filter(|title| text.contains(title)).collect();
+            assert_eq!(found, expected, "{request}: {text}");
+            assert_eq!(done["rows"], expected.len(), "{request}");
+            assert!(text.contains("a secret word"), "{text}");
+        }
+        let request = json!({
+            "format": "csv", "audience": "agent", "redact": ["description"], "timezone": "Asia/Tokyo",
+        });
+        let done = export(&daemon, &agent("acme"), &request).await;
+        assert_eq!((&done["timezone"], &done["redact"]), (&json!("Asia/Tokyo"), &json!(["description"])));
+        let text = file(&daemon, &agent("acme"), &done).await;
+        assert!(text.contains("first") && !text.contains("a secret word"), "{text}");
+        assert!(text.contains("2026-01-01T09:00:00"), "in the zone that was asked for: {text}");
+    }
+
+    async fn exports_are_listed_newest_first_by_cursor(db) {
+        let daemon = daemon(db).await;
+        let mut made = Vec::new();
+        for _ in 0..3 {
+            let export = export(&daemon, &agent("acme"), &json!({ "format": "csv" })).await;
+            made.insert(0, export);
+        }
+        let list = get(&daemon, "/api/v1/exports", &agent("acme")).await.json();
+        assert_eq!(list, json!({ "exports": made, "next_cursor": null }));
+        let mut seen = Vec::new();
+        let mut path = "/api/v1/exports?limit=1".to_owned();
+        loop {
+            let page = get(&daemon, &path, &agent("acme")).await.json();
+            seen.extend(page["exports"].as_array().unwrap().clone());
+            let Some(cursor) = page["next_cursor"].as_str() else { break };
+            assert!(seen.len() <= made.len());
+            path = format!("/api/v1/exports?limit=1&cursor={cursor}");
+        }
+        assert_eq!(seen, made);
+    }
+
+    async fn a_request_that_makes_no_sense_names_the_field_and_queues_nothing(db) {
+        let daemon = daemon(db).await;
+        let many: Vec<String> = (0..51).map(|number| format!("a{number}@example.com")).collect();
+        for (field, value, pointer) in [
+            ("format", Value::Null, "/format"),
+            ("format", json!("doc"), "/format"),
+            ("format", json!(1), "/format"),
+            ("audience", json!("everybody"), "/audience"),
+            ("audience", json!(["client"]), "/audience"),
+            // An agent's token asks.
+            ("audience", json!("audit"), "/audience"),
+            ("since", json!("yesterday"), "/since"),
+            ("until", json!("2026-01-01"), "/until"),
+            ("until", json!("2020-01-01T00:00:00Z"), "/until"),
+            ("categories", json!("note"), "/categories"),
+            ("categories", json!(["note", "notes"]), "/categories/1"),
+            ("categories", json!([null]), "/categories/0"),
+            ("timezone", json!("Mars/Olympus"), "/timezone"),
+            ("timezone", json!("+02:00"), "/timezone"),
+            ("locale", json!("xx"), "/locale"),
+            ("redact", json!(["title", "id"]), "/redact/1"),
+            ("redact", json!({}), "/redact"),
+            ("to", json!("ana@example.com"), "/to"),
+            ("to", json!(["ana@example.com", "ana"]), "/to/1"),
+            ("to", json!(["ana@example.com\r\nBcc: eve@example.com"]), "/to/0"),
+            ("to", json!(many), "/to"),
+            ("attach", json!("yes"), "/attach"),
+            ("tenant_id", json!("globex"), "/tenant_id"),
+            ("a/b~c", json!(1), "/a~1b~0c"),
+        ] {
+            let mut body = json!({ "format": "csv", "since": "2025-01-01T00:00:00Z" });
+            body[field] = value;
+            let what = body.to_string().chars().take(200).collect::<String>();
+            let problem = post_json(&daemon, &path(), &agent("acme"), &body).await.problem(422, &what);
+            let pointers: Vec<&Value> =
+                problem["errors"].as_array().unwrap().iter().map(|error| &error["pointer"]).collect();
+            assert_eq!(pointers, [pointer], "{what}: {problem}");
+        }
+        for body in [json!([]), json!("csv"), json!(null)] {
+            post_json(&daemon, &path(), &agent("acme"), &body).await.problem(422, "no object");
+        }
+        let list = get(&daemon, "/api/v1/exports", &service("acme")).await.json();
+        assert_eq!(list, json!({ "exports": [], "next_cursor": null }));
+        assert_calm(&daemon);
+    }
+
+    async fn an_export_of_nobody_is_404(db) {
+        let daemon = daemon(db).await;
+        for path in [format!("/api/v1/exports/{}", id(1)), format!("/api/v1/exports/{}/file", id(1))] {
+            get(&daemon, &path, &service("acme")).await.problem(404, &path);
+            get(&daemon, &path, &client("acme", &[contact(1)])).await.problem(403, &path);
+        }
+    }
+}
