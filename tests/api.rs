@@ -23,6 +23,8 @@ mod ask;
 mod exports;
 #[path = "api/health.rs"]
 mod health;
+#[path = "api/input.rs"]
+mod input;
 #[path = "api/isolation.rs"]
 mod isolation;
 #[path = "api/jobs.rs"]

@@ -84,7 +84,7 @@ pub(super) const READERS: &[Role] = &[Role::Client, Role::Agent, Role::Service];
 /// Roles of the CRM itself.
 pub(super) const STAFF: &[Role] = &[Role::Agent, Role::Service];
 
-/// An id of the address.
+/// An id of the address, or a name.
 pub(super) struct Id<T>(pub(super) T);
 
 impl<S, T> FromRequestParts<S> for Id<T>

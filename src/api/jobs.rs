@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json as JsonBody, Router};
 use serde_json::{Value, json};
 
-use super::extract::{Params, operator};
+use super::extract::{Id, Params, operator};
 use super::problem::Problem;
 use crate::access::Identity;
 use crate::config::JobDefinition;
@@ -89,7 +89,7 @@ fn find<'a>(api: &'a JobsApi, name: &str) -> Result<&'a JobDefinition, Problem> 
 async fn one(
     State(api): State<JobsApi>,
     identity: Identity,
-    Path(name): Path<String>,
+    Id(name): Id<String>,
     params: Params,
 ) -> Result<Response, Problem> {
     operator(identity)?;
@@ -105,7 +105,7 @@ async fn one(
 async fn runs(
     State(api): State<JobsApi>,
     identity: Identity,
-    Path(name): Path<String>,
+    Id(name): Id<String>,
     mut params: Params,
 ) -> Result<Response, Problem> {
     operator(identity)?;
@@ -123,7 +123,7 @@ async fn runs(
 async fn run(
     State(api): State<JobsApi>,
     identity: Identity,
-    Path(name): Path<String>,
+    Id(name): Id<String>,
     params: Params,
 ) -> Result<Response, Problem> {
     let operator = operator(identity)?;
