@@ -105,7 +105,6 @@ impl Timeline {
         repeatable: Option<Repeatable>,
     ) -> Result<Created, Refusal> {
         let given_id = event.given_id();
-        let event = event.record(tenant, self.clock.now())?;
         let idempotency = repeatable.and_then(|Repeatable { key, body_hash }| {
             // Different spaces, so that nobody's key can be taken for an id.
             let key = match (key, given_id) {
@@ -115,6 +114,18 @@ impl Timeline {
             };
             Some(Idempotency { key, body_hash })
         });
+        let now = self.clock.now();
+        let event = match (event.record(tenant, now), &idempotency) {
+            (Ok(event), _) => event,
+            // A repeat may come after the expiry that the first request named in time.
+            (Err(invalid), Some(request)) => {
+                return match self.events.find_repeat(tenant, request, now).await? {
+                    Some(id) => self.repeat(tenant, id).await,
+                    None => Err(invalid.into()),
+                };
+            }
+            (Err(invalid), None) => return Err(invalid.into()),
+        };
         let recording = Recording {
             event: event.clone(),
             idempotency,
@@ -127,13 +138,16 @@ impl Timeline {
                 }
                 Ok(Created::New(event))
             }
-            Some(Saved::Repeat(id)) => {
-                let event = self.events.find_by_id(tenant, *id).await?;
-                event.map(Created::Repeat).ok_or(Refusal::NotFound)
-            }
+            Some(Saved::Repeat(id)) => self.repeat(tenant, *id).await,
             Some(Saved::Mismatch) => Err(Refusal::KeyReused),
             Some(Saved::IdTaken) | None => Err(Refusal::IdTaken),
         }
+    }
+
+    /// What a repeat is answered with: the event as it is now.
+    async fn repeat(&self, tenant: &TenantId, id: EventId) -> Result<Created, Refusal> {
+        let event = self.events.find_by_id(tenant, id).await?;
+        event.map(Created::Repeat).ok_or(Refusal::NotFound)
     }
 
     /// An event as a reader sees it.

@@ -31,3 +31,5 @@ mod isolation;
 mod jobs;
 #[path = "api/paging.rs"]
 mod paging;
+#[path = "api/values.rs"]
+mod values;

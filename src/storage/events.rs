@@ -435,6 +435,14 @@ pub trait EventRepository: Send + Sync + 'static {
         limit: u32,
     ) -> StorageResult<u64>;
 
+    /// The event with which the same request was answered within the last 24 hours.
+    async fn find_repeat(
+        &self,
+        tenant: &TenantId,
+        request: &Idempotency,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Option<EventId>>;
+
     /// Forgets idempotency keys made before `cutoff`, at most `limit` of a tenant.
     async fn delete_idempotency_before(
         &self,

@@ -14,9 +14,9 @@ use crate::domain::{
     TenantId,
 };
 use crate::storage::events::{
-    Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, KnownKey, MAX_EXACT_TOTAL, Page, Receipt,
-    Recording, Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View, audit_change, bounds,
-    claims, first_key, judge, last_key, pending_after, unused_keys,
+    Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, Idempotency, KnownKey, MAX_EXACT_TOTAL,
+    Page, Receipt, Recording, Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View,
+    audit_change, bounds, claims, first_key, judge, last_key, pending_after, unused_keys,
 };
 use crate::storage::rows::{self, Columns};
 use crate::storage::{StorageError, StorageResult};
@@ -716,6 +716,26 @@ impl EventRepository for PgStorage {
         .fetch_one(&self.worker)
         .await?;
         Ok(count.unsigned_abs())
+    }
+
+    async fn find_repeat(
+        &self,
+        tenant: &TenantId,
+        request: &Idempotency,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Option<EventId>> {
+        let row = sqlx::query(
+            "select tenant_id, key, body_hash, event_id from idempotency_keys
+             where tenant_id = $1 and key = $2 and created_at > $3",
+        )
+        .bind(tenant.as_str())
+        .bind(&request.key)
+        .bind(now - IDEMPOTENCY_WINDOW)
+        .fetch_optional(&self.foreground)
+        .await?;
+        let Some(row) = row else { return Ok(None) };
+        let (_, (body_hash, event)) = rows::idempotency(&row, row.try_get("body_hash")?)?;
+        Ok((body_hash == request.body_hash).then_some(event))
     }
 
     async fn delete_idempotency_before(
