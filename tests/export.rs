@@ -859,7 +859,7 @@ impl Home {
             message_ids,
             created_at: self.now(),
         };
-        assert_eq!(self.storage.exports.create(&export).await.unwrap(), id);
+        assert_eq!(self.storage.exports.create_one(&export).await.unwrap(), id);
         self.wake.notify_one();
         id
     }
@@ -1056,8 +1056,8 @@ struct Hooked {
 
 #[async_trait]
 impl ExportStore for Hooked {
-    async fn create(&self, export: &NewExport) -> StorageResult<ExportId> {
-        self.inner.create(export).await
+    async fn create(&self, exports: &[NewExport]) -> StorageResult<Vec<ExportId>> {
+        self.inner.create(exports).await
     }
 
     async fn find(&self, tenant: &TenantId, id: ExportId) -> StorageResult<Option<Export>> {

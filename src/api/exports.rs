@@ -72,7 +72,7 @@ async fn create(
         request_key: None,
         created_at: now,
     };
-    let id = api.exports.create(&export).await?;
+    let id = api.exports.create_one(&export).await?;
     api.wake.notify_one();
     let body = json!({ "id": id, "state": ExportState::Queued, "href": href(id) });
     Ok((StatusCode::ACCEPTED, JsonBody(body)).into_response())

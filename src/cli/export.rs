@@ -93,7 +93,7 @@ pub(super) async fn run(global: &Global, options: &Options) -> Done {
         message_ids: message_ids(id, options.to.len()),
         created_at: now,
     };
-    storage.exports.create(&export).await?;
+    storage.exports.create_one(&export).await?;
     let export = Box::pin(serve(&config, &storage, &options.tenant, id)).await?;
     storage.close().await;
     finish(global, options, &config, &export).await

@@ -35,8 +35,12 @@ impl Job for ScheduleExports {
         let mut report = Report::default();
         match &self.settings.selection {
             Selection::Contacts(contacts) => {
-                for contact in contacts {
-                    self.add(context, *contact, &mut report).await?;
+                for page in contacts.chunks(PAGE as usize) {
+                    if context.stop.is_cancelled() {
+                        report.is_unfinished = true;
+                        break;
+                    }
+                    self.add(context, page, &mut report).await?;
                 }
             }
             Selection::Active { since, category } => {
@@ -48,9 +52,7 @@ impl Job for ScheduleExports {
                         .exports
                         .active_contacts(tenant, since, *category, after, PAGE)
                         .await?;
-                    for contact in &page {
-                        self.add(context, *contact, &mut report).await?;
-                    }
+                    self.add(context, &page, &mut report).await?;
                     after = page.last().copied();
                     if page.len() < PAGE as usize {
                         break;
@@ -68,18 +70,37 @@ impl Job for ScheduleExports {
 }
 
 impl ScheduleExports {
+    /// Adds the exports of a page of contacts in one transaction.
     async fn add(
         &self,
         context: &RunContext,
-        contact_id: ContactId,
+        contacts: &[ContactId],
         report: &mut Report,
     ) -> Result<(), JobError> {
+        let requested_by = Subject::new(&format!("job {}", self.name))
+            .map_err(|error| JobError::Permanent(format!("the job's name: {error}")))?;
+        let exports: Vec<_> = contacts
+            .iter()
+            .map(|contact| self.export(context, *contact, &requested_by))
+            .collect();
+        let there_are = self.exports.create(&exports).await?;
+        for (export, there_is) in exports.iter().zip(there_are) {
+            let is_new = there_is == export.id;
+            report.add(if is_new { "exports" } else { "repeated" }, 1);
+        }
+        Ok(())
+    }
+
+    fn export(
+        &self,
+        context: &RunContext,
+        contact_id: ContactId,
+        requested_by: &Subject,
+    ) -> NewExport {
         let now = self.clock.now();
         let id = ExportId::generate(now);
         let to: Vec<String> = self.settings.to.iter().map(ToString::to_string).collect();
-        let requested_by = Subject::new(&format!("job {}", self.name))
-            .map_err(|error| JobError::Permanent(format!("the job's name: {error}")))?;
-        let export = NewExport {
+        NewExport {
             id,
             tenant_id: self.settings.tenant.clone(),
             message_ids: message_ids(id, to.len()),
@@ -95,13 +116,10 @@ impl ScheduleExports {
                 to,
                 attach: self.settings.attach,
             },
-            requested_by,
+            requested_by: requested_by.clone(),
             request_key: Some(format!("{}/{contact_id}", context.run)),
             created_at: now,
-        };
-        let added = self.exports.create(&export).await?;
-        report.add(if added == id { "exports" } else { "repeated" }, 1);
-        Ok(())
+        }
     }
 }
 

@@ -1,5 +1,7 @@
 //! The export queue: whatever asks for an export only adds a row; a worker serves it.
 
+use std::collections::{HashMap, HashSet};
+
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use serde::Serialize;
@@ -204,6 +206,26 @@ pub enum DeliveryOutcome {
     },
 }
 
+/// The ids that answer [`ExportStore::create`]: of those that were `added`, and of those that were
+/// `there` under their tenant and key.
+pub(super) fn ids_there_are(
+    exports: &[NewExport],
+    added: &HashSet<ExportId>,
+    there: &HashMap<(String, String), ExportId>,
+) -> Vec<ExportId> {
+    exports
+        .iter()
+        .map(|export| {
+            if added.contains(&export.id) {
+                return export.id;
+            }
+            let key = export.request_key.clone().unwrap_or_default();
+            let place = (export.tenant_id.as_str().to_owned(), key);
+            there.get(&place).copied().unwrap_or(export.id)
+        })
+        .collect()
+}
+
 /// State, next attempt, sent at, error.
 pub(super) type OutcomeColumns = (
     DeliveryState,
@@ -230,9 +252,15 @@ impl DeliveryOutcome {
 /// The export queue. A claim lasts until an instant: a worker that dies loses its claims by then.
 #[async_trait]
 pub trait ExportStore: Send + Sync + 'static {
-    /// Adds an export. Answers the id of the export there is: another's, where `request_key` was
-    /// used before.
-    async fn create(&self, export: &NewExport) -> StorageResult<ExportId>;
+    /// Adds exports, all or none. Answers the ids of the exports there are, in the same order:
+    /// another's, where a `request_key` was used before.
+    async fn create(&self, exports: &[NewExport]) -> StorageResult<Vec<ExportId>>;
+
+    /// Adds one export, as [`ExportStore::create`] does.
+    async fn create_one(&self, export: &NewExport) -> StorageResult<ExportId> {
+        let ids = self.create(std::slice::from_ref(export)).await?;
+        Ok(ids.first().copied().unwrap_or(export.id))
+    }
 
     /// One export with its deliveries.
     async fn find(&self, tenant: &TenantId, id: ExportId) -> StorageResult<Option<Export>>;

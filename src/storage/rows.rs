@@ -3,7 +3,7 @@
 //! Other programs insert events too. A row that still cannot be read is passed over, counted and
 //! logged once, so that it stops nothing.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -385,6 +385,21 @@ pub(super) fn contact<R: Columns>(row: &R) -> StorageResult<ContactId> {
         table: "contact_events",
     }
     .id("contact_id", ContactId::new)
+}
+
+/// Reads exports' ids by their tenant and request key.
+pub(super) fn exports_by_key<R: Columns>(
+    rows: &[R],
+) -> StorageResult<HashMap<(String, String), ExportId>> {
+    let read = |row| {
+        let row = Reader {
+            row,
+            table: "exports",
+        };
+        let place = (row.text("tenant_id")?, row.text("request_key")?);
+        Ok((place, row.id("id", ExportId::new)?))
+    };
+    rows.iter().map(read).collect()
 }
 
 /// Reads a tenant out of the column `tenant_id`.

@@ -47,7 +47,7 @@ fn asked(request: ExportRequest, at: DateTime<Utc>) -> NewExport {
 
 async fn create(db: &Database, request: ExportRequest) -> Export {
     let new = asked(request, t0());
-    assert_eq!(db.exports.create(&new).await.unwrap(), new.id);
+    assert_eq!(db.exports.create_one(&new).await.unwrap(), new.id);
     find(db, new.id).await
 }
 
@@ -141,7 +141,7 @@ conformance! {
             ..request(&[B, A])
         };
         let new = NewExport { request_key: Some("run 1".to_owned()), ..asked(request.clone(), t0()) };
-        assert_eq!(db.exports.create(&new).await.unwrap(), new.id);
+        assert_eq!(db.exports.create_one(&new).await.unwrap(), new.id);
         let export = find(db, new.id).await;
         assert_eq!(export.request, request);
         assert_eq!((export.id, &export.tenant_id, &export.requested_by), (new.id, &acme(), &subject("svc")));
@@ -159,18 +159,47 @@ conformance! {
     async fn a_repeat_of_a_request_is_the_export_there_is(db) {
         let keyed = |key: &str| NewExport { request_key: Some(key.to_owned()), ..asked(request(&[A]), t0()) };
         let first = keyed("k");
-        assert_eq!(db.exports.create(&first).await.unwrap(), first.id);
-        assert_eq!(db.exports.create(&keyed("k")).await.unwrap(), first.id);
+        assert_eq!(db.exports.create_one(&first).await.unwrap(), first.id);
+        assert_eq!(db.exports.create_one(&keyed("k")).await.unwrap(), first.id);
         let other = keyed("another");
-        assert_eq!(db.exports.create(&other).await.unwrap(), other.id);
+        assert_eq!(db.exports.create_one(&other).await.unwrap(), other.id);
         let elsewhere = NewExport { tenant_id: globex(), ..keyed("k") };
-        assert_eq!(db.exports.create(&elsewhere).await.unwrap(), elsewhere.id);
+        assert_eq!(db.exports.create_one(&elsewhere).await.unwrap(), elsewhere.id);
         for _ in 0..2 {
             let new = asked(request(&[]), t0());
-            assert_eq!(db.exports.create(&new).await.unwrap(), new.id);
+            assert_eq!(db.exports.create_one(&new).await.unwrap(), new.id);
         }
         assert_eq!(db.count("exports").await, 5);
         assert_eq!(db.count("export_deliveries").await, 3);
+    }
+
+    async fn exports_are_added_many_at_a_time_each_with_its_mails(db) {
+        let keyed = |n: u64, to: &[&str]| NewExport {
+            request_key: Some(format!("run/{n}")),
+            ..asked(ExportRequest { contact_id: contact(n), categories: vec![Category::Note; usize::from(n == 3)], ..request(to) }, t0())
+        };
+        let first = keyed(2, &[A]);
+        db.exports.create_one(&first).await.unwrap();
+        let elsewhere = NewExport { tenant_id: globex(), ..keyed(2, &[B]) };
+        let without_key = asked(request(&[]), t0());
+        // A repeat of the first one stands among them, and one key twice.
+        let twice = keyed(4, &[B]);
+        let batch = [keyed(1, &[A, B]), keyed(2, &[B]), keyed(3, &[B, A]), elsewhere, without_key, twice, keyed(4, &[A])];
+        let there_are = db.exports.create(&batch).await.unwrap();
+        let mut expected: Vec<_> = batch.iter().map(|export| export.id).collect();
+        (expected[1], expected[6]) = (first.id, batch[5].id);
+        assert_eq!(there_are, expected);
+        assert_eq!(db.count("exports").await, 6);
+        assert_eq!(db.count("export_deliveries").await, 1 + 2 + 2 + 1 + 1);
+        for export in [&batch[0], &batch[2], &batch[4], &batch[5]] {
+            let found = find(db, export.id).await;
+            assert_eq!(found.request, export.request);
+            let ids: Vec<_> = found.deliveries.into_iter().map(|mail| mail.message_id).collect();
+            assert_eq!(ids, export.message_ids);
+        }
+        assert_eq!(db.exports.create(&batch[..4]).await.unwrap(), expected[..4], "a repeat adds none");
+        assert_eq!(db.exports.create(&[]).await.unwrap(), []);
+        assert_eq!(db.count("exports where request_key is not null").await, 5);
     }
 
     async fn of_sixteen_concurrent_requests_with_one_key_one_export_comes(db) {
@@ -181,7 +210,7 @@ conformance! {
             tasks.spawn(async move {
                 let new = NewExport { request_key: Some("k".to_owned()), ..asked(request(&[A]), t0()) };
                 barrier.wait().await;
-                exports.create(&new).await.unwrap()
+                exports.create_one(&new).await.unwrap()
             });
         }
         let ids = tasks.join_all().await;
@@ -194,10 +223,10 @@ conformance! {
         let mut ids = Vec::new();
         for n in 0..7 {
             let new = asked(request(if n % 2 == 0 { &[A, B] } else { &[] }), t0() + minutes(n));
-            ids.push(db.exports.create(&new).await.unwrap());
+            ids.push(db.exports.create_one(&new).await.unwrap());
         }
         let elsewhere = NewExport { tenant_id: globex(), ..asked(request(&[A]), t0()) };
-        db.exports.create(&elsewhere).await.unwrap();
+        db.exports.create_one(&elsewhere).await.unwrap();
         assert_eq!(db.exports.find(&acme(), elsewhere.id).await.unwrap(), None);
         ids.reverse();
         let (mut found, mut before) = (Vec::new(), None);
@@ -218,7 +247,7 @@ conformance! {
     async fn the_export_that_waited_longest_is_rendered_first(db) {
         let mut ids = Vec::new();
         for minute in [3, 1, 2] {
-            ids.push(db.exports.create(&asked(request(&[]), t0() + minutes(minute))).await.unwrap());
+            ids.push(db.exports.create_one(&asked(request(&[]), t0() + minutes(minute))).await.unwrap());
         }
         let claim = async || db.exports.claim_render(worker(1), t0() + hours(1), t0() + hours(2)).await.unwrap();
         let order: Vec<ExportId> = [claim().await, claim().await, claim().await].into_iter().flatten().map(|export| export.id).collect();

@@ -1,5 +1,7 @@
 //! The export queue on PostgreSQL, shared by any number of daemons.
 
+use std::collections::{HashMap, HashSet};
+
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use sqlx::Row;
@@ -12,6 +14,7 @@ use crate::domain::{Category, ContactId, ExportId, TenantId};
 use crate::storage::events::{Filter, Key, Slice, View, bounds, last_key};
 use crate::storage::exports::{
     ClaimedDelivery, DeliveryOutcome, Export, ExportDelivery, ExportStore, NewExport, Rendered,
+    ids_there_are,
 };
 use crate::storage::rows::{self, Columns};
 use crate::storage::{Page, StorageResult};
@@ -73,59 +76,18 @@ impl PgStorage {
 
 #[async_trait]
 impl ExportStore for PgStorage {
-    async fn create(&self, export: &NewExport) -> StorageResult<ExportId> {
-        let request = &export.request;
+    async fn create(&self, exports: &[NewExport]) -> StorageResult<Vec<ExportId>> {
         let mut transaction = self.worker.begin().await?;
-        let added = sqlx::query(
-            "insert into exports (tenant_id, id, contact_id, format, audience, since, until, categories, timezone,
-                                  redact, attach, requested_by, request_key, created_at, through_seq, state, next_attempt_at)
-             select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14,
-                    -- the sequence's own row: one read, where max(seq) would need an index
-                    coalesce((select s.last_value from pg_sequences s
-                              where format('%I.%I', s.schemaname, s.sequencename)
-                                    = pg_get_serial_sequence('contact_events', 'seq')), 0),
-                    'queued', $14
-             on conflict (tenant_id, request_key) do nothing",
-        )
-        .bind(export.tenant_id.as_str())
-        .bind(export.id.uuid())
-        .bind(request.contact_id.uuid())
-        .bind(&request.format)
-        .bind(request.audience.as_str())
-        .bind(request.since)
-        .bind(request.until)
-        .bind(names(&request.categories))
-        .bind(request.timezone.name())
-        .bind(&request.redact)
-        .bind(request.attach)
-        .bind(export.requested_by.as_str())
-        .bind(export.request_key.as_deref())
-        .bind(export.created_at)
-        .execute(&mut *transaction)
-        .await?;
-        if added.rows_affected() == 0 {
-            let row =
-                sqlx::query("select id from exports where tenant_id = $1 and request_key = $2")
-                    .bind(export.tenant_id.as_str())
-                    .bind(export.request_key.as_deref())
-                    .fetch_one(&mut *transaction)
-                    .await?;
-            let id = row.uuid("id")?.and_then(|id| ExportId::new(id).ok());
-            return Ok(id.unwrap_or(export.id));
-        }
-        sqlx::query(
-            "insert into export_deliveries (tenant_id, export_id, recipient, position, message_id, state)
-             select $1, $2, recipient, position, message_id, 'pending'
-             from unnest($3::text[], $4::text[]) with ordinality as mails (recipient, message_id, position)",
-        )
-        .bind(export.tenant_id.as_str())
-        .bind(export.id.uuid())
-        .bind(&request.to)
-        .bind(&export.message_ids)
-        .execute(&mut *transaction)
-        .await?;
+        let added = insert(&mut transaction, exports).await?;
+        let there = if added.len() == exports.len() {
+            HashMap::new()
+        } else {
+            // In a statement of its own, which sees what another transaction has added meanwhile.
+            with_keys(&mut transaction, exports).await?
+        };
+        insert_deliveries(&mut transaction, exports, &added).await?;
         transaction.commit().await?;
-        Ok(export.id)
+        Ok(ids_there_are(exports, &added, &there))
     }
 
     async fn find(&self, tenant: &TenantId, id: ExportId) -> StorageResult<Option<Export>> {
@@ -551,4 +513,107 @@ impl ExportStore for PgStorage {
         .await?;
         found.iter().map(rows::contact).collect()
     }
+}
+
+/// One value of each export, as the array that `unnest` takes.
+fn each<'a, T>(exports: &'a [NewExport], value: impl Fn(&'a NewExport) -> T) -> Vec<T> {
+    exports.iter().map(value).collect()
+}
+
+fn json<T: serde::Serialize>(list: &[T]) -> String {
+    serde_json::to_string(list).expect("texts serialise")
+}
+
+/// Adds the exports whose key was not used before; answers which.
+async fn insert(db: &mut PgConnection, exports: &[NewExport]) -> StorageResult<HashSet<ExportId>> {
+    let found = sqlx::query(
+        "insert into exports (tenant_id, id, contact_id, format, audience, since, until, categories, timezone,
+                              redact, attach, requested_by, request_key, created_at, through_seq, state, next_attempt_at)
+         select tenant_id, id, contact_id, format, audience, since, until,
+                -- lists as JSON: unnest would take an array of arrays apart
+                array(select json_array_elements_text(categories::json)), timezone,
+                array(select json_array_elements_text(redact::json)), attach, requested_by, request_key, created_at,
+                -- the sequence's own row: one read, where max(seq) would need an index
+                coalesce((select s.last_value from pg_sequences s
+                          where format('%I.%I', s.schemaname, s.sequencename)
+                                = pg_get_serial_sequence('contact_events', 'seq')), 0),
+                'queued', created_at
+         from unnest($1::text[], $2::uuid[], $3::uuid[], $4::text[], $5::text[], $6::timestamptz[], $7::timestamptz[],
+                     $8::text[], $9::text[], $10::text[], $11::boolean[], $12::text[], $13::text[], $14::timestamptz[])
+              as asked (tenant_id, id, contact_id, format, audience, since, until,
+                        categories, timezone, redact, attach, requested_by, request_key, created_at)
+         on conflict (tenant_id, request_key) do nothing
+         returning id",
+    )
+    .bind(each(exports, |export| export.tenant_id.as_str()))
+    .bind(each(exports, |export| export.id.uuid()))
+    .bind(each(exports, |export| export.request.contact_id.uuid()))
+    .bind(each(exports, |export| export.request.format.as_str()))
+    .bind(each(exports, |export| export.request.audience.as_str()))
+    .bind(each(exports, |export| export.request.since))
+    .bind(each(exports, |export| export.request.until))
+    .bind(each(exports, |export| json(&names(&export.request.categories))))
+    .bind(each(exports, |export| export.request.timezone.name()))
+    .bind(each(exports, |export| json(&export.request.redact)))
+    .bind(each(exports, |export| export.request.attach))
+    .bind(each(exports, |export| export.requested_by.as_str()))
+    .bind(each(exports, |export| export.request_key.as_deref()))
+    .bind(each(exports, |export| export.created_at))
+    .fetch_all(db)
+    .await?;
+    let mut added = HashSet::new();
+    for row in &found {
+        added.extend(row.uuid("id")?.and_then(|id| ExportId::new(id).ok()));
+    }
+    Ok(added)
+}
+
+/// The exports that have the keys of these, by tenant and key.
+async fn with_keys(
+    db: &mut PgConnection,
+    exports: &[NewExport],
+) -> StorageResult<HashMap<(String, String), ExportId>> {
+    let found = sqlx::query(
+        "select e.tenant_id, e.request_key, e.id
+         from unnest($1::text[], $2::text[]) as asked (tenant_id, request_key)
+         join exports e on e.tenant_id = asked.tenant_id and e.request_key = asked.request_key",
+    )
+    .bind(each(exports, |export| export.tenant_id.as_str()))
+    .bind(each(exports, |export| export.request_key.as_deref()))
+    .fetch_all(db)
+    .await?;
+    rows::exports_by_key(&found)
+}
+
+async fn insert_deliveries(
+    db: &mut PgConnection,
+    exports: &[NewExport],
+    added: &HashSet<ExportId>,
+) -> StorageResult<()> {
+    let (mut tenants, mut ids, mut recipients, mut positions, mut message_ids) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for export in exports.iter().filter(|export| added.contains(&export.id)) {
+        let mails = export.request.to.iter().zip(&export.message_ids);
+        for (position, (to, message_id)) in (0_i32..).zip(mails) {
+            tenants.push(export.tenant_id.as_str());
+            ids.push(export.id.uuid());
+            recipients.push(to.as_str());
+            positions.push(position);
+            message_ids.push(message_id.as_str());
+        }
+    }
+    sqlx::query(
+        "insert into export_deliveries (tenant_id, export_id, recipient, position, message_id, state)
+         select tenant_id, export_id, recipient, position, message_id, 'pending'
+         from unnest($1::text[], $2::uuid[], $3::text[], $4::integer[], $5::text[])
+              as mails (tenant_id, export_id, recipient, position, message_id)",
+    )
+    .bind(tenants)
+    .bind(ids)
+    .bind(recipients)
+    .bind(positions)
+    .bind(message_ids)
+    .execute(db)
+    .await?;
+    Ok(())
 }

@@ -1,5 +1,7 @@
 //! The export queue on SQLite.
 
+use std::collections::{HashMap, HashSet};
+
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use sqlx::Row;
@@ -12,6 +14,7 @@ use crate::domain::{Category, ContactId, ExportId, TenantId};
 use crate::storage::events::{Filter, Key, Slice, View, bounds, last_key};
 use crate::storage::exports::{
     ClaimedDelivery, DeliveryOutcome, Export, ExportDelivery, ExportStore, NewExport, Rendered,
+    ids_there_are,
 };
 use crate::storage::rows::{self, Columns};
 use crate::storage::{Page, StorageResult};
@@ -75,10 +78,10 @@ impl SqliteStorage {
 
 #[async_trait]
 impl ExportStore for SqliteStorage {
-    async fn create(&self, export: &NewExport) -> StorageResult<ExportId> {
-        let export = export.clone();
+    async fn create(&self, exports: &[NewExport]) -> StorageResult<Vec<ExportId>> {
+        let exports = exports.to_vec();
         self.writer
-            .write(move |db| Box::pin(async move { create(db, &export).await }))
+            .write(move |db| Box::pin(async move { create(db, &exports).await }))
             .await
     }
 
@@ -568,49 +571,79 @@ impl ExportStore for SqliteStorage {
     }
 }
 
-async fn create(db: &mut SqliteConnection, export: &NewExport) -> StorageResult<ExportId> {
-    let request = &export.request;
-    let added = sqlx::query(
+/// Many rows as one parameter: an array of arrays.
+async fn create(db: &mut SqliteConnection, exports: &[NewExport]) -> StorageResult<Vec<ExportId>> {
+    let asked: Vec<_> = exports
+        .iter()
+        .map(|export| {
+            let request = &export.request;
+            serde_json::json!([
+                export.tenant_id.as_str(),
+                text(export.id.uuid()).to_string(),
+                text(request.contact_id.uuid()).to_string(),
+                request.format,
+                request.audience.as_str(),
+                request.since.map(at),
+                request.until.map(at),
+                set(&request.categories),
+                request.timezone.name(),
+                set(&request.redact),
+                request.attach,
+                export.requested_by.as_str(),
+                export.request_key,
+                at(export.created_at),
+            ])
+        })
+        .collect();
+    let found = sqlx::query(
         "insert into exports (tenant_id, id, contact_id, format, audience, since, until, categories, timezone,
                               redact, attach, requested_by, request_key, created_at, through_seq, state, next_attempt_at)
-         values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14,
-                 coalesce((select seq from sqlite_sequence where name = 'contact_events'), 0), 'queued', $14)
-         on conflict (tenant_id, request_key) do nothing",
+         select value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5, value ->> 6,
+                value ->> 7, value ->> 8, value ->> 9, value ->> 10, value ->> 11, value ->> 12, value ->> 13,
+                coalesce((select seq from sqlite_sequence where name = 'contact_events'), 0), 'queued', value ->> 13
+         from json_each($1)
+         -- without a where, SQLite would read the conflict as the condition of a join
+         where true
+         on conflict (tenant_id, request_key) do nothing
+         returning id",
     )
-    .bind(export.tenant_id.as_str())
-    .bind(text(export.id.uuid()))
-    .bind(text(request.contact_id.uuid()))
-    .bind(&request.format)
-    .bind(request.audience.as_str())
-    .bind(request.since.map(at))
-    .bind(request.until.map(at))
-    .bind(set(&request.categories))
-    .bind(request.timezone.name())
-    .bind(set(&request.redact))
-    .bind(request.attach)
-    .bind(export.requested_by.as_str())
-    .bind(export.request_key.as_deref())
-    .bind(at(export.created_at));
-    if changed(&mut *db, added).await? == 0 {
-        let row = sqlx::query("select id from exports where tenant_id = $1 and request_key = $2")
-            .bind(export.tenant_id.as_str())
-            .bind(export.request_key.as_deref())
-            .fetch_one(db)
-            .await?;
-        return Ok(row
-            .uuid("id")?
-            .and_then(|id| ExportId::new(id).ok())
-            .unwrap_or(export.id));
+    .bind(set(&asked))
+    .fetch_all(&mut *db)
+    .await?;
+    let mut added = HashSet::new();
+    for row in &found {
+        added.extend(row.uuid("id")?.and_then(|id| ExportId::new(id).ok()));
     }
-    let deliveries: Vec<_> = request.to.iter().zip(&export.message_ids).collect();
+    let there = if added.len() == exports.len() {
+        HashMap::new()
+    } else {
+        let found = sqlx::query(
+            "select e.tenant_id, e.request_key, e.id
+             from json_each($1) asked
+             join exports e on e.tenant_id = asked.value ->> 0 and e.request_key = asked.value ->> 12",
+        )
+        .bind(set(&asked))
+        .fetch_all(&mut *db)
+        .await?;
+        rows::exports_by_key(&found)?
+    };
+    let mut mails = Vec::new();
+    for export in exports.iter().filter(|export| added.contains(&export.id)) {
+        let (tenant, id) = (
+            export.tenant_id.as_str(),
+            text(export.id.uuid()).to_string(),
+        );
+        let addressed = export.request.to.iter().zip(&export.message_ids);
+        mails.extend(addressed.enumerate().map(|(position, (to, message_id))| {
+            serde_json::json!([tenant, id, to, position, message_id])
+        }));
+    }
     sqlx::query(
         "insert into export_deliveries (tenant_id, export_id, recipient, position, message_id, state)
-         select $1, $2, value ->> 0, key, value ->> 1, 'pending' from json_each($3)",
+         select value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, 'pending' from json_each($1)",
     )
-    .bind(export.tenant_id.as_str())
-    .bind(text(export.id.uuid()))
-    .bind(set(&deliveries))
+    .bind(set(&mails))
     .execute(db)
     .await?;
-    Ok(export.id)
+    Ok(ids_there_are(exports, &added, &there))
 }
