@@ -2,13 +2,15 @@
 //!
 //! The planner sleeps to the next due instant in short slices, so that a step of the clock or a
 //! suspended machine is noticed, and never waits for a run: each run is a task of its own. A
-//! scheduled time is claimed by a unique row, judged by the database's clock. The delivery poll is
+//! scheduled time is claimed by a unique row, judged by the database's clock, and a planner whose
+//! own clock is ahead of that one plans by it. The delivery poll is
 //! the exception: it runs once on each daemon, and a poll that found nothing leaves no row.
 
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
@@ -17,7 +19,7 @@ use uuid::Uuid;
 use super::{Job, JobError, Pulse, Report, RunContext};
 use crate::config::{JobDefinition, JobKind, Overlap};
 use crate::domain::{Clock, RunId, format_time};
-use crate::storage::{Claim, Counts, Finish, JobLedger, Run, RunState, StorageError, Trigger};
+use crate::storage::{Claim, Counts, Finish, JobLedger, Run, RunState, StorageResult, Trigger};
 use crate::telemetry::{Metrics, chain};
 
 /// The planner sleeps no longer than this at a time: a step of the clock shows within it.
@@ -26,8 +28,6 @@ const SLICE: Duration = Duration::from_millis(250);
 const TIMEOUT_GRACE: Duration = Duration::from_secs(5);
 /// Between two tries to reach a database that is away.
 const STORAGE_RETRY: Duration = Duration::from_secs(1);
-/// Between two tries to claim a time that the database's clock has not reached.
-const NOT_DUE_RETRY: Duration = Duration::from_millis(20);
 
 /// What a runner shares with the rest of the daemon.
 #[derive(Clone)]
@@ -52,8 +52,20 @@ pub struct RunnerSettings {
 
 /// The jobs of this daemon.
 pub struct Runner {
+    shared: Arc<Shared>,
+}
+
+/// What the planner and the runs share.
+struct Shared {
     settings: RunnerSettings,
     jobs: Vec<Arc<Slot>>,
+    /// How far this machine's clock is ahead of the one that judges due times, in microseconds. A
+    /// planner that did not heed it would pass over times that are not due so far.
+    ahead: AtomicI64,
+    /// Held by the look at the queue: two at once would take two runs of one job.
+    looking: Arc<tokio::sync::Mutex<()>>,
+    /// An answer of the ledger was lost: a run may be this daemon's without its knowing.
+    in_doubt: AtomicBool,
 }
 
 /// A job with its place: at most one run at a time.
@@ -65,9 +77,12 @@ struct Slot {
 
 #[derive(Default)]
 struct Busy {
-    running: bool,
+    /// Who has the place, and for which time; known here before it is claimed in the ledger.
+    run: Option<(RunId, DateTime<Utc>)>,
     /// The time that waits, for `overlap = "queue"`.
     queued: Option<DateTime<Utc>>,
+    /// A time that was not due by the database's clock: to be planned again.
+    early: Option<DateTime<Utc>>,
 }
 
 /// How an attempt ended.
@@ -79,7 +94,19 @@ enum Attempt {
         state: RunState,
         error: String,
         may_retry: bool,
+        /// What it did before.
+        counts: Counts,
     },
+}
+
+/// What came of a claim.
+#[derive(PartialEq, Eq)]
+enum Claimed {
+    Yes,
+    /// Somebody else has it, or the daemon stops.
+    No,
+    /// The planner is to come again with it.
+    Early,
 }
 
 impl Runner {
@@ -96,33 +123,41 @@ impl Runner {
                 })
             })
             .collect();
-        Self { settings, jobs }
+        Self {
+            shared: Arc::new(Shared {
+                settings,
+                jobs,
+                ahead: AtomicI64::new(0),
+                looking: Arc::default(),
+                in_doubt: AtomicBool::new(false),
+            }),
+        }
     }
 
     /// Keeps time until the daemon stops.
     pub async fn run(self) {
-        let clock = self.settings.clock.clone();
-        let mut last_look = clock.now();
-        let mut due: Vec<Option<DateTime<Utc>>> = self
-            .jobs
-            .iter()
-            .map(|slot| slot.next_after(last_look))
-            .collect();
+        let Shared { settings, jobs, .. } = &*self.shared;
+        let mut last_look = self.shared.now();
+        let mut due: Vec<Option<DateTime<Utc>>> =
+            jobs.iter().map(|slot| slot.next_after(last_look)).collect();
         let mut queue_look = Instant::now();
         loop {
-            let now = clock.now();
-            self.settings.pulse.seen();
+            let now = self.shared.now();
+            settings.pulse.seen();
             if now < last_look {
-                // The clock stepped back: what lies ahead is planned anew. Times that ran already
-                // are taken, so none runs twice.
-                tracing::warn!(
-                    back_ms = (last_look - now).num_milliseconds(),
-                    "the clock stepped back"
-                );
-                due = self.jobs.iter().map(|slot| slot.next_after(now)).collect();
+                // What lies ahead is planned anew. Times that ran already are taken, so none runs
+                // twice.
+                let back = last_look - now;
+                if back >= TimeDelta::seconds(1) {
+                    tracing::warn!(back_ms = back.num_milliseconds(), "the clock stepped back");
+                }
+                due = jobs.iter().map(|slot| slot.next_after(now)).collect();
             }
             last_look = now;
-            for (slot, due) in self.jobs.iter().zip(&mut due) {
+            for (slot, due) in jobs.iter().zip(&mut due) {
+                if let Some(early) = slot.lock().early.take() {
+                    *due = slot.next_after(now.min(early - TimeDelta::microseconds(1)));
+                }
                 if due.is_some_and(|at| at <= now) {
                     let (at, next) = slot.latest_due(due.take().unwrap_or(now), now);
                     *due = next;
@@ -135,28 +170,41 @@ impl Runner {
             }
             let next = due.iter().flatten().min().copied();
             let until = next.map_or(SLICE, |at| {
-                (at - clock.now()).to_std().unwrap_or_default().min(SLICE)
+                (at - self.shared.now())
+                    .to_std()
+                    .unwrap_or_default()
+                    .min(SLICE)
             });
             tokio::select! {
                 () = tokio::time::sleep(until) => {}
                 // A pulse, or a run that somebody asked for.
-                () = self.settings.pulse.woken() => queue_look = Instant::now(),
-                () = self.settings.stop.cancelled() => return,
+                () = settings.pulse.woken() => queue_look = Instant::now(),
+                () = settings.stop.cancelled() => return,
             }
         }
     }
 
     /// A scheduled time has come.
     fn fire(&self, slot: &Arc<Slot>, at: DateTime<Utc>) {
-        if slot.occupy() {
-            let (runner, slot) = (self.settings.clone(), slot.clone());
-            self.settings
-                .tracker
-                .spawn(async move { serve(&runner, &slot, at).await });
+        let tracker = &self.shared.settings.tracker;
+        let (runner, slot) = (self.shared.clone(), slot.clone());
+        let run = new_run(&runner, &slot, at);
+        if slot.occupy(&run) {
+            tracker.spawn(async move { serve(&runner, &slot, run).await });
+            return;
+        }
+        if slot.lock().run.is_some_and(|(_, served)| served == at) {
+            // The clock stepped back while it runs.
             return;
         }
         match slot.definition.overlap {
-            Overlap::Queue => slot.lock().queued = Some(at),
+            Overlap::Queue => {
+                let waited = slot.lock().queued.replace(at);
+                if let Some(waited) = waited.filter(|waited| *waited != at) {
+                    let reason = "a later time took its place in the queue";
+                    tracker.spawn(async move { skip(&runner, &slot, waited, reason).await });
+                }
+            }
             Overlap::Skip if slot.is_poll() => {
                 tracing::debug!(
                     job.name = slot.definition.name,
@@ -164,51 +212,57 @@ impl Runner {
                 );
             }
             Overlap::Skip => {
-                let (runner, slot) = (self.settings.clone(), slot.clone());
-                self.settings
-                    .tracker
-                    .spawn(async move { skip(&runner, &slot, at).await });
+                let reason = "the run before was still at work";
+                tracker.spawn(async move { skip(&runner, &slot, at, reason).await });
             }
         }
     }
 
     /// Takes runs out of the queue: those that somebody asked for, and those that were given back.
     fn spawn_queue_look(&self) {
-        let (runner, jobs) = (self.settings.clone(), self.jobs.clone());
-        self.settings.tracker.spawn(async move {
-            let free: Vec<String> = jobs
-                .iter()
-                .filter(|slot| !slot.lock().running)
-                .map(|slot| slot.definition.name.clone())
-                .collect();
-            if free.is_empty() {
-                return;
-            }
-            match runner.ledger.claim_queued(&free, runner.daemon, runner.clock.now()).await {
-                Ok(Some(run)) => {
-                    let slot = jobs.iter().find(|slot| slot.definition.name == run.job);
-                    if let Some(slot) = slot.cloned() {
-                        if slot.occupy() {
-                            let next = runner.clone();
-                            runner.tracker.spawn(async move {
-                                execute(&next, &slot, run, true).await;
-                                release(&next, &slot).await;
-                                // There may be more in the queue.
-                                next.pulse.wake();
-                            });
-                        } else if let Err(error) = runner
-                            .ledger
-                            .give_back(run.id, &run.counts, run.attempt.saturating_sub(1))
-                            .await
-                        {
-                            tracing::warn!(run.id = %run.id, error = %chain(&error), "could not give a run back");
-                        }
-                    }
-                }
-                Ok(None) => {}
-                Err(error) => tracing::debug!(error = %chain(&error), "could not look at the queue of runs"),
+        let runner = self.shared.clone();
+        let Ok(looking) = runner.looking.clone().try_lock_owned() else {
+            return;
+        };
+        self.shared.settings.tracker.spawn(async move {
+            let _looking = looking;
+            if let Err(error) = look(&runner).await {
+                // The answer may have been lost, and not the request.
+                runner.in_doubt.store(true, Ordering::Relaxed);
+                tracing::debug!(error = %chain(&error), "could not look at the queue of runs");
             }
         });
+    }
+}
+
+impl Shared {
+    /// The present instant, as far as this daemon knows what the judge of due times thinks.
+    fn now(&self) -> DateTime<Utc> {
+        let ahead = TimeDelta::microseconds(self.ahead.load(Ordering::Relaxed));
+        self.settings.clock.now() - ahead
+    }
+
+    /// Asks how far this machine's clock is ahead. One that is behind does no harm: it runs late.
+    async fn compare_clocks(&self) -> StorageResult<()> {
+        let ahead = self
+            .settings
+            .ledger
+            .ahead(self.settings.clock.now())
+            .await?;
+        let micros = ahead.num_microseconds().unwrap_or(i64::MAX).max(0);
+        let before = self.ahead.swap(micros, Ordering::Relaxed);
+        if micros.abs_diff(before) >= 1_000_000 {
+            tracing::warn!(
+                ahead_ms = micros / 1000,
+                "this machine's clock is {} ms ahead of the database's, which counts",
+                micros / 1000
+            );
+        }
+        Ok(())
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.settings.stop.is_cancelled()
     }
 }
 
@@ -218,8 +272,17 @@ impl Slot {
     }
 
     /// Takes the place, if it is free.
-    fn occupy(&self) -> bool {
-        !std::mem::replace(&mut self.lock().running, true)
+    fn occupy(&self, run: &Run) -> bool {
+        let mut busy = self.lock();
+        let is_free = busy.run.is_none();
+        if is_free {
+            busy.run = Some((run.id, run.scheduled_at));
+        }
+        is_free
+    }
+
+    fn is_at_work_on(&self, run: RunId) -> bool {
+        self.lock().run.is_some_and(|(id, _)| id == run)
     }
 
     fn is_poll(&self) -> bool {
@@ -234,50 +297,133 @@ impl Slot {
     }
 
     /// The newest time that is due, and the one after it. Times between, which passed while the
-    /// machine was suspended or the clock stepped forward, are skipped.
+    /// machine was suspended or the clock stepped forward, are skipped: by halves, since a week of
+    /// seconds is not to be walked through one by one.
     fn latest_due(
         &self,
         first: DateTime<Utc>,
         now: DateTime<Utc>,
     ) -> (DateTime<Utc>, Option<DateTime<Utc>>) {
-        let mut at = first;
-        // More than so many are stepped over at once, rather than one by one.
-        for _ in 0..1000 {
-            match self.next_after(at) {
-                Some(next) if next <= now => at = next,
+        // The latest is `at`, or lies behind it and not beyond `end`.
+        let (mut at, mut end) = (first, now);
+        loop {
+            let next = match self.next_after(at) {
+                Some(next) if next <= now => next,
                 next => return (at, next),
+            };
+            let middle = at + (end - at) / 2;
+            if let Some(later) = self.next_after(middle).filter(|later| *later <= now) {
+                at = later;
+            } else {
+                end = middle;
+                at = next;
             }
         }
-        (at, self.next_after(now))
     }
+}
+
+/// One look at the queue.
+async fn look(runner: &Arc<Shared>) -> StorageResult<()> {
+    if runner.ahead.load(Ordering::Relaxed) > 0 {
+        // It may have been set right.
+        runner.compare_clocks().await?;
+    }
+    if runner.in_doubt.load(Ordering::Relaxed) {
+        give_back_what_nobody_holds(runner).await?;
+        runner.in_doubt.store(false, Ordering::Relaxed);
+    }
+    let RunnerSettings {
+        ledger,
+        daemon,
+        clock,
+        ..
+    } = &runner.settings;
+    while !runner.is_stopping() {
+        let free: Vec<String> = runner
+            .jobs
+            .iter()
+            .filter(|slot| slot.lock().run.is_none())
+            .map(|slot| slot.definition.name.clone())
+            .collect();
+        if free.is_empty() {
+            return Ok(());
+        }
+        let Some(run) = ledger.claim_queued(&free, *daemon, clock.now()).await? else {
+            return Ok(());
+        };
+        let slot = runner
+            .jobs
+            .iter()
+            .find(|slot| slot.definition.name == run.job && slot.occupy(&run));
+        let Some(slot) = slot.cloned() else {
+            // A scheduled time came first.
+            return ledger
+                .give_back(run.id, &run.counts, run.attempt.saturating_sub(1))
+                .await;
+        };
+        let next = runner.clone();
+        runner.settings.tracker.spawn(async move {
+            execute(&next, &slot, run, true).await;
+            release(&next, &slot, None).await;
+            // There may be more in the queue.
+            next.settings.pulse.wake();
+        });
+    }
+    Ok(())
+}
+
+/// Finds what the ledger says is this daemon's, while no job here is at work on it: the answer to
+/// its claim was lost. Only the look takes runs from the queue and it does so one after another,
+/// and a scheduled run has its place before its row, so none is mistaken for lost.
+async fn give_back_what_nobody_holds(runner: &Shared) -> StorageResult<()> {
+    let RunnerSettings { ledger, daemon, .. } = &runner.settings;
+    for run in ledger.running(*daemon).await? {
+        let is_held = runner.jobs.iter().any(|slot| slot.is_at_work_on(run.id));
+        if !is_held {
+            tracing::warn!(job.name = run.job, run.id = %run.id, "the answer to a claim was lost; the run goes back into the queue");
+            ledger
+                .give_back(run.id, &run.counts, run.attempt.saturating_sub(1))
+                .await?;
+        }
+    }
+    Ok(())
 }
 
 /// Runs a scheduled time, and the one that queued meanwhile.
-async fn serve(runner: &RunnerSettings, slot: &Arc<Slot>, at: DateTime<Utc>) {
-    let run = new_run(runner, slot, at);
+async fn serve(runner: &Shared, slot: &Arc<Slot>, run: Run) {
+    let mut early = None;
     if slot.is_poll() {
         execute(runner, slot, run, false).await;
-    } else if claim(runner, slot, &run).await {
-        execute(runner, slot, run, true).await;
+    } else {
+        match claim(runner, slot, &run).await {
+            Claimed::Yes => execute(runner, slot, run, true).await,
+            Claimed::No => {}
+            Claimed::Early => early = Some(run.scheduled_at),
+        }
     }
-    release(runner, slot).await;
+    release(runner, slot, early).await;
 }
 
-/// Frees the place, or goes on with the time that waits.
-async fn release(runner: &RunnerSettings, slot: &Arc<Slot>) {
+/// Frees the place, or goes on with the time that waits. `early` is to be planned again; told in
+/// one step with the place, or the planner might come again with it and find the place taken.
+async fn release(runner: &Shared, slot: &Arc<Slot>, early: Option<DateTime<Utc>>) {
     let queued = {
         let mut busy = slot.lock();
-        let queued = busy.queued.take();
-        busy.running = queued.is_some();
+        busy.early = [busy.early, early].into_iter().flatten().min();
+        let queued = busy.queued.take().map(|at| new_run(runner, slot, at));
+        busy.run = queued.as_ref().map(|run| (run.id, run.scheduled_at));
         queued
     };
-    if let Some(at) = queued {
-        Box::pin(serve(runner, slot, at)).await;
+    if early.is_some() {
+        runner.settings.pulse.wake();
+    }
+    if let Some(run) = queued {
+        Box::pin(serve(runner, slot, run)).await;
     }
 }
 
-fn new_run(runner: &RunnerSettings, slot: &Slot, at: DateTime<Utc>) -> Run {
-    let now = runner.clock.now();
+fn new_run(runner: &Shared, slot: &Slot, at: DateTime<Utc>) -> Run {
+    let now = runner.settings.clock.now();
     Run {
         id: RunId::generate(now),
         job: slot.definition.name.clone(),
@@ -286,67 +432,79 @@ fn new_run(runner: &RunnerSettings, slot: &Slot, at: DateTime<Utc>) -> Run {
         finished_at: None,
         trigger: Trigger::Schedule,
         attempt: 1,
-        daemon: Some(runner.daemon),
+        daemon: Some(runner.settings.daemon),
         state: RunState::Running,
         counts: Counts::new(),
         error: None,
     }
 }
 
-/// Claims a scheduled time, waiting for a database that is away. False where somebody else has it.
-async fn claim(runner: &RunnerSettings, slot: &Slot, run: &Run) -> bool {
-    let mut told = false;
-    loop {
-        let now = runner.clock.now();
-        let claim = runner
-            .ledger
+/// Claims a scheduled time, waiting for a database that is away.
+async fn claim(runner: &Shared, slot: &Slot, run: &Run) -> Claimed {
+    let RunnerSettings {
+        ledger,
+        clock,
+        daemon,
+        stop,
+        ..
+    } = &runner.settings;
+    let mut has_failed = false;
+    while !runner.is_stopping() {
+        let claim = ledger
             .claim(
                 run.id,
                 &run.job,
                 run.scheduled_at,
                 run.trigger,
-                runner.daemon,
-                now,
+                *daemon,
+                clock.now(),
             )
             .await;
-        let wait = match claim {
-            Ok(Claim::Claimed) => return true,
+        let compared = match claim {
+            Ok(Claim::Claimed) => return Claimed::Yes,
             Ok(Claim::Taken) => {
                 tracing::debug!(job.name = run.job, run.scheduled_at = %format_time(run.scheduled_at), "the time is taken");
-                return false;
+                return Claimed::No;
             }
-            Ok(Claim::NotDue) => NOT_DUE_RETRY,
-            Err(error) => {
-                if !told {
-                    tracing::warn!(job.name = slot.definition.name, error = %chain(&error), "cannot claim a run; trying again");
-                }
-                told = true;
-                STORAGE_RETRY
-            }
+            Ok(Claim::NotDue) => runner.compare_clocks().await,
+            Err(error) => Err(error),
         };
+        let Err(error) = compared else {
+            if runner.now() < run.scheduled_at {
+                return Claimed::Early;
+            }
+            // It has become due meanwhile.
+            continue;
+        };
+        if !has_failed {
+            tracing::warn!(job.name = slot.definition.name, error = %chain(&error), "cannot claim a run; trying again");
+        }
+        has_failed = true;
         tokio::select! {
-            () = tokio::time::sleep(wait) => {}
-            () = runner.stop.cancelled() => return false,
+            () = tokio::time::sleep(STORAGE_RETRY) => {}
+            () = stop.cancelled() => {}
         }
     }
+    if has_failed {
+        // The answer may have been lost, and not the request. Not waited for: the database is away.
+        if let Err(error) = ledger.give_back(run.id, &run.counts, 0).await {
+            tracing::debug!(run.id = %run.id, error = %chain(&error), "could not give a run back");
+        }
+    }
+    Claimed::No
 }
 
-/// Leaves a row for a time that came while the run before was still at work.
-async fn skip(runner: &RunnerSettings, slot: &Slot, at: DateTime<Utc>) {
+/// Leaves a row for a time that does not run.
+async fn skip(runner: &Shared, slot: &Slot, at: DateTime<Utc>, reason: &str) {
     let mut run = new_run(runner, slot, at);
     run.started_at = None;
-    run.finished_at = Some(runner.clock.now());
+    run.finished_at = Some(runner.settings.clock.now());
     run.attempt = 0;
     run.state = RunState::Skipped;
-    run.error = Some("the run before was still at work".to_owned());
-    tracing::warn!(
-        job.name = run.job,
-        run.id = %run.id,
-        run.scheduled_at = %format_time(at),
-        run.outcome = "skipped",
-        "skipped {}: the run before is still at work", run.job
-    );
-    if let Err(error) = runner.ledger.record(&run).await {
+    run.error = Some(reason.to_owned());
+    let lag = runner.now() - at;
+    tell(runner, slot, &run, lag.num_milliseconds(), Duration::ZERO);
+    if let Err(error) = runner.settings.ledger.record(&run).await {
         tracing::warn!(job.name = run.job, error = %chain(&error), "could not record a skipped time");
     }
 }
@@ -354,10 +512,14 @@ async fn skip(runner: &RunnerSettings, slot: &Slot, at: DateTime<Utc>) {
 /// Runs until it succeeds, may not be tried again, or the daemon stops. `has_row`: the run was
 /// claimed, so that its row is to be finished; otherwise a row is written where there is something
 /// to say.
-async fn execute(runner: &RunnerSettings, slot: &Slot, mut run: Run, has_row: bool) {
+async fn execute(runner: &Shared, slot: &Slot, mut run: Run, has_row: bool) {
     let began = Instant::now();
-    let lag = runner.clock.now() - run.scheduled_at;
+    let lag = runner.now() - run.scheduled_at;
     let (state, error) = loop {
+        if runner.is_stopping() {
+            // Claimed while the daemon began to stop.
+            return give_back(runner, &run, has_row).await;
+        }
         let span = tracing::info_span!(
             "run", job.name = %run.job, run.id = %run.id, run.attempt = run.attempt
         );
@@ -374,7 +536,9 @@ async fn execute(runner: &RunnerSettings, slot: &Slot, mut run: Run, has_row: bo
                 state,
                 error,
                 may_retry,
+                counts,
             } => {
+                add(&mut run.counts, counts);
                 let delay = may_retry
                     .then(|| slot.definition.retry.delay(run.attempt, rand::random()))
                     .flatten();
@@ -391,11 +555,15 @@ async fn execute(runner: &RunnerSettings, slot: &Slot, mut run: Run, has_row: bo
                 );
                 tokio::select! {
                     () = tokio::time::sleep(delay) => {}
-                    () = runner.stop.cancelled() => return give_back(runner, &run, has_row).await,
+                    () = runner.settings.stop.cancelled() => return give_back(runner, &run, has_row).await,
                 }
                 run.attempt += 1;
                 if has_row
-                    && let Err(error) = runner.ledger.begin_attempt(run.id, run.attempt).await
+                    && let Err(error) = runner
+                        .settings
+                        .ledger
+                        .begin_attempt(run.id, run.attempt)
+                        .await
                 {
                     tracing::debug!(run.id = %run.id, error = %chain(&error), "could not count the attempt");
                 }
@@ -403,20 +571,22 @@ async fn execute(runner: &RunnerSettings, slot: &Slot, mut run: Run, has_row: bo
         }
     };
     run.state = state;
-    run.error = error;
-    run.finished_at = Some(runner.clock.now());
+    // A NUL, such as in the message of a panic, is refused by PostgreSQL, and the run would stay
+    // `running` for ever.
+    run.error = error.map(|error| error.replace('\0', "\u{fffd}"));
+    run.finished_at = Some(runner.settings.clock.now());
     tell(runner, slot, &run, lag.num_milliseconds(), began.elapsed());
     let is_worth_a_row = !run.counts.is_empty() || run.state != RunState::Succeeded;
     if has_row {
         finish(runner, &run).await;
-    } else if is_worth_a_row && let Err(error) = runner.ledger.record(&run).await {
-        tracing::warn!(job.name = run.job, run.id = %run.id, error = %chain(&error), "could not record a run");
+    } else if is_worth_a_row {
+        insist(runner, &run, || runner.settings.ledger.record(&run)).await;
     }
 }
 
 /// One attempt, in a task of its own, so that a panic ends only the attempt.
-async fn attempt(runner: &RunnerSettings, slot: &Slot, run: &Run) -> Attempt {
-    let stop = runner.stop.child_token();
+async fn attempt(runner: &Shared, slot: &Slot, run: &Run) -> Attempt {
+    let stop = runner.settings.stop.child_token();
     let context = RunContext {
         run: run.id,
         scheduled_at: run.scheduled_at,
@@ -424,24 +594,31 @@ async fn attempt(runner: &RunnerSettings, slot: &Slot, run: &Run) -> Attempt {
     };
     let job = slot.job.clone();
     let mut task = runner
+        .settings
         .tracker
         .spawn(async move { job.run(&context).await }.instrument(tracing::Span::current()));
     let timeout = slot.definition.timeout;
     let ended = tokio::select! {
         ended = &mut task => ended,
-        () = runner.abort.cancelled() => {
+        () = runner.settings.abort.cancelled() => {
             task.abort();
             return Attempt::GivenBack(Counts::new());
         }
         () = tokio::time::sleep(timeout) => {
             stop.cancel();
-            if tokio::time::timeout(TIMEOUT_GRACE, &mut task).await.is_err() {
-                task.abort();
-            }
+            let counts = match tokio::time::timeout(TIMEOUT_GRACE, &mut task).await {
+                Ok(Ok(Ok(report))) => report.counts,
+                Ok(_failed_or_panicked) => Counts::new(),
+                Err(_elapsed) => {
+                    task.abort();
+                    Counts::new()
+                }
+            };
             return Attempt::Failed {
                 state: RunState::TimedOut,
                 error: format!("took longer than its timeout of {}", humantime::format_duration(timeout)),
                 may_retry: true,
+                counts,
             };
         }
     };
@@ -458,16 +635,19 @@ async fn attempt(runner: &RunnerSettings, slot: &Slot, run: &Run) -> Attempt {
             state: RunState::Failed,
             error,
             may_retry: true,
+            counts: Counts::new(),
         },
         Ok(Err(JobError::Permanent(error))) => Attempt::Failed {
             state: RunState::Failed,
             error,
             may_retry: false,
+            counts: Counts::new(),
         },
         Err(panic) => Attempt::Failed {
             state: RunState::Failed,
             error: format!("panicked: {}", panic_message(panic)),
             may_retry: false,
+            counts: Counts::new(),
         },
     }
 }
@@ -484,7 +664,7 @@ fn panic_message(error: tokio::task::JoinError) -> String {
 }
 
 /// Puts the run back into the queue without spending the attempt: the next daemon goes on with it.
-async fn give_back(runner: &RunnerSettings, run: &Run, has_row: bool) {
+async fn give_back(runner: &Shared, run: &Run, has_row: bool) {
     tracing::info!(
         job.name = run.job,
         run.id = %run.id,
@@ -496,43 +676,51 @@ async fn give_back(runner: &RunnerSettings, run: &Run, has_row: bool) {
         return;
     }
     let attempts_spent = run.attempt.saturating_sub(1);
-    if let Err(error) = runner
-        .ledger
-        .give_back(run.id, &run.counts, attempts_spent)
-        .await
-    {
-        tracing::error!(run.id = %run.id, error = %chain(&error), "could not give a run back");
-    }
+    let ledger = &runner.settings.ledger;
+    insist(runner, run, || {
+        ledger.give_back(run.id, &run.counts, attempts_spent)
+    })
+    .await;
 }
 
-/// Writes the run's end, waiting for a database that is away as long as the daemon may.
-async fn finish(runner: &RunnerSettings, run: &Run) {
+/// Writes the run's end.
+async fn finish(runner: &Shared, run: &Run) {
     let finish = Finish {
         state: run.state,
+        attempt: run.attempt,
         counts: run.counts.clone(),
         error: run.error.clone(),
-        at: run.finished_at.unwrap_or_else(|| runner.clock.now()),
+        at: run
+            .finished_at
+            .unwrap_or_else(|| runner.settings.clock.now()),
     };
-    loop {
-        match runner.ledger.finish(run.id, &finish).await {
-            Ok(()) => return,
-            Err(error) if is_final(&error) || runner.stop.is_cancelled() => {
-                tracing::error!(run.id = %run.id, error = %chain(&error), "could not record how a run ended");
-                return;
-            }
-            Err(error) => {
-                tracing::warn!(run.id = %run.id, error = %chain(&error), "could not record how a run ended; trying again");
-            }
-        }
-        tokio::select! {
-            () = tokio::time::sleep(STORAGE_RETRY) => {}
-            () = runner.abort.cancelled() => return,
-        }
-    }
+    let ledger = &runner.settings.ledger;
+    insist(runner, run, || ledger.finish(run.id, &finish)).await;
 }
 
-fn is_final(error: &StorageError) -> bool {
-    !error.is_transient()
+/// Writes what became of a run, waiting for a database that is away as long as the daemon may: also
+/// while it drains, since a run that stays `running` without a daemon is a riddle.
+async fn insist<F>(runner: &Shared, run: &Run, mut write: impl FnMut() -> F)
+where
+    F: Future<Output = StorageResult<()>>,
+{
+    let mut has_failed = false;
+    loop {
+        let Err(error) = write().await else { return };
+        if !error.is_transient() || runner.settings.abort.is_cancelled() {
+            tracing::error!(run.id = %run.id, error = %chain(&error), "could not record what became of a run");
+            return;
+        }
+        if !has_failed {
+            tracing::warn!(run.id = %run.id, error = %chain(&error), "could not record what became of a run; trying again");
+        }
+        has_failed = true;
+        tokio::select! {
+            () = tokio::time::sleep(STORAGE_RETRY) => {}
+            // Once more, and not again.
+            () = runner.settings.abort.cancelled() => {}
+        }
+    }
 }
 
 fn add(counts: &mut Counts, more: Counts) {
@@ -542,10 +730,12 @@ fn add(counts: &mut Counts, more: Counts) {
 }
 
 /// The one line that each run ends in.
-fn tell(runner: &RunnerSettings, slot: &Slot, run: &Run, lag_ms: i64, took: Duration) {
-    runner.metrics.run_ended(run, lag_ms, took);
+fn tell(runner: &Shared, slot: &Slot, run: &Run, lag_ms: i64, took: Duration) {
+    runner.settings.metrics.run_ended(run, lag_ms, took);
     let counts = serde_json::to_string(&run.counts).unwrap_or_default();
-    let next_at = slot.next_after(runner.clock.now()).map(format_time);
+    let next_at = slot
+        .next_after(runner.settings.clock.now())
+        .map(format_time);
     macro_rules! line {
         ($level:ident, $($message:tt)+) => {
             tracing::$level!(
@@ -558,7 +748,7 @@ fn tell(runner: &RunnerSettings, slot: &Slot, run: &Run, lag_ms: i64, took: Dura
                 run.duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
                 run.outcome = %run.state,
                 run.next_at = next_at,
-                node.id = %runner.daemon,
+                node.id = %runner.settings.daemon,
                 counts,
                 error = run.error,
                 $($message)+
@@ -569,6 +759,7 @@ fn tell(runner: &RunnerSettings, slot: &Slot, run: &Run, lag_ms: i64, took: Dura
     match (run.state, run.counts.is_empty()) {
         (RunState::Succeeded, true) if slot.is_poll() => line!(debug, "{name} found nothing"),
         (RunState::Succeeded, _) => line!(info, "{name} succeeded"),
+        (RunState::Skipped, _) => line!(warn, "skipped a time of {name}"),
         (state, _) => line!(error, "{name} {state}"),
     }
 }

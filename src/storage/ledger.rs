@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use async_trait::async_trait;
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -109,6 +109,9 @@ pub enum Claim {
 pub struct Finish {
     /// The final state.
     pub state: RunState,
+    /// How many attempts were made; counted here too, since [`JobLedger::begin_attempt`] may have
+    /// found the database away.
+    pub attempt: u32,
     /// What it did, in numbers.
     pub counts: Counts,
     /// Why it failed.
@@ -121,7 +124,8 @@ pub struct Finish {
 /// clock is wrong neither runs early nor twice.
 #[async_trait]
 pub trait JobLedger: Send + Sync + 'static {
-    /// Claims a scheduled time of a job for `daemon`: the row that it inserts is unique.
+    /// Claims a scheduled time of a job for `daemon`: the row that it inserts is unique. A claim
+    /// whose answer was lost may be repeated with the same `run`: it is still the caller's.
     async fn claim(
         &self,
         run: RunId,
@@ -159,7 +163,8 @@ pub trait JobLedger: Send + Sync + 'static {
     async fn give_back(&self, run: RunId, counts: &Counts, attempt: u32) -> StorageResult<()>;
 
     /// Writes a run that began and ended without a claim: a delivery poll that found something, or
-    /// a time that was skipped. Nothing happens where the time is taken.
+    /// a time that was skipped. Nothing happens where the time is taken, or where a skipped one is
+    /// not due: another daemon may run it yet.
     async fn record(&self, run: &Run) -> StorageResult<()>;
 
     /// A job's runs, newest first, behind `before`.
@@ -171,6 +176,12 @@ pub trait JobLedger: Send + Sync + 'static {
     /// Puts every running run back into the queue. Only for a database that one daemon alone holds:
     /// whatever runs there at its start was left by one that is gone.
     async fn recover(&self) -> StorageResult<u64>;
+
+    /// The runs that `daemon` has claimed and not ended.
+    async fn running(&self, daemon: Uuid) -> StorageResult<Vec<Run>>;
+
+    /// How far `now`, a daemon's clock, is ahead of the clock that judges due times.
+    async fn ahead(&self, now: DateTime<Utc>) -> StorageResult<TimeDelta>;
 
     /// The database's clock; also the cheapest proof that it answers.
     async fn now(&self) -> StorageResult<DateTime<Utc>>;

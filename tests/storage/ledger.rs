@@ -24,6 +24,7 @@ fn counts(deleted: u64) -> Counts {
 fn finish(state: RunState, error: Option<&str>) -> Finish {
     Finish {
         state,
+        attempt: 2,
         counts: counts(3),
         error: error.map(str::to_owned),
         at: t0() + hours(1),
@@ -89,6 +90,50 @@ conformance! {
         assert_eq!((claimed.attempt, claimed.daemon, claimed.finished_at), (1, Some(worker(1)), None));
         assert!(claimed.started_at.unwrap() >= due);
         assert_eq!((claimed.counts, claimed.error), (Counts::new(), None));
+    }
+
+    async fn a_claim_whose_answer_was_lost_is_still_the_claimers(db) {
+        let due = now(db).await - TimeDelta::seconds(1);
+        let (id, _) = claim(db, JOB, due, Trigger::Schedule).await;
+        let again = async || {
+            let now = now(db).await;
+            db.ledger.claim(id, JOB, due, Trigger::Schedule, worker(1), now).await.unwrap()
+        };
+        assert_eq!(again().await, Claim::Claimed);
+        assert_eq!(claim(db, JOB, due, Trigger::Schedule).await.1, Claim::Taken);
+        assert_eq!(db.count("job_runs").await, 1);
+        db.ledger.finish(id, &finish(RunState::Succeeded, None)).await.unwrap();
+        assert_eq!(again().await, Claim::Taken);
+    }
+
+    async fn what_a_daemon_is_at_work_on_is_told(db) {
+        let due = now(db).await - TimeDelta::seconds(9);
+        let (first, _) = claim(db, JOB, due, Trigger::Schedule).await;
+        let (ended, _) = claim(db, JOB, due + MICRO, Trigger::Schedule).await;
+        db.ledger.finish(ended, &finish(RunState::Succeeded, None)).await.unwrap();
+        db.ledger.enqueue(RunId::generate(t0()), JOB, &subject("ops"), t0()).await.unwrap();
+        let running = db.ledger.running(worker(1)).await.unwrap();
+        assert_eq!(running, [run(db, JOB, first).await]);
+        assert_eq!(db.ledger.running(worker(2)).await.unwrap(), []);
+    }
+
+    async fn a_clock_is_compared_with_the_one_that_judges(db) {
+        let shift = TimeDelta::seconds(3);
+        let ahead = db.ledger.ahead(now(db).await + shift).await.unwrap();
+        match db.engine {
+            // The daemon's own clock judges.
+            Engine::Sqlite => assert_eq!(ahead, TimeDelta::zero()),
+            Engine::Postgres => assert!(ahead <= shift && ahead > shift - TimeDelta::seconds(2), "{ahead}"),
+        }
+    }
+
+    async fn a_time_is_not_skipped_before_it_is_due(db) {
+        if db.engine == Engine::Sqlite {
+            return; // The daemon's own clock judges.
+        }
+        let ahead = now(db).await + TimeDelta::seconds(60);
+        db.ledger.record(&skipped(RunId::generate(t0()), ahead)).await.unwrap();
+        assert_eq!(db.count("job_runs").await, 0);
     }
 
     async fn a_time_that_lies_ahead_is_not_due(db) {
@@ -173,6 +218,7 @@ conformance! {
         db.ledger.finish(id, &finish(RunState::Succeeded, None)).await.unwrap();
         let ended = run(db, JOB, id).await;
         assert_eq!((ended.state, &ended.counts, ended.finished_at), (RunState::Succeeded, &counts(3), Some(t0() + hours(1))));
+        assert_eq!(ended.attempt, 2);
         db.ledger.finish(id, &finish(RunState::Failed, Some("too late"))).await.unwrap();
         db.ledger.begin_attempt(id, 9).await.unwrap();
         db.ledger.give_back(id, &counts(9), 0).await.unwrap();

@@ -1,7 +1,7 @@
 //! The runs on SQLite. The database's clock is the machine's: the daemon passes it in as `now`.
 
 use async_trait::async_trait;
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, TimeDelta, Utc};
 use sqlx::Row;
 use uuid::Uuid;
 
@@ -49,7 +49,15 @@ impl JobLedger for SqliteStorage {
                     .bind(at(now))
                     .bind(trigger.as_str())
                     .bind(text(daemon));
-                    Ok(if changed(db, claim).await? == 1 { Claim::Claimed } else { Claim::Taken })
+                    if changed(&mut *db, claim).await? == 1 {
+                        return Ok(Claim::Claimed);
+                    }
+                    // A claim before this one may have been committed while its answer was lost.
+                    let own = sqlx::query("select id from job_runs where id = $1 and state = 'running'")
+                        .bind(text(run.uuid()))
+                        .fetch_optional(db)
+                        .await?;
+                    Ok(if own.is_some() { Claim::Claimed } else { Claim::Taken })
                 })
             })
             .await
@@ -145,7 +153,7 @@ impl JobLedger for SqliteStorage {
             .write(move |db| {
                 Box::pin(async move {
                     sqlx::query(
-                        "update job_runs set state = $2, counts = $3, error = $4, finished_at = $5
+                        "update job_runs set state = $2, counts = $3, error = $4, finished_at = $5, attempt = $6
                          where id = $1 and state = 'running'",
                     )
                     .bind(text(run.uuid()))
@@ -153,6 +161,7 @@ impl JobLedger for SqliteStorage {
                     .bind(json(&finish.counts))
                     .bind(finish.error)
                     .bind(at(finish.at))
+                    .bind(finish.attempt)
                     .execute(db)
                     .await?;
                     Ok(())
@@ -248,6 +257,23 @@ impl JobLedger for SqliteStorage {
                 })
             })
             .await
+    }
+
+    async fn running(&self, daemon: Uuid) -> StorageResult<Vec<Run>> {
+        let found = sqlx::query(concat!(
+            "select ",
+            run_columns!(),
+            " from job_runs where daemon = $1 and state = 'running' order by id"
+        ))
+        .bind(text(daemon))
+        .fetch_all(&self.readers)
+        .await?;
+        found.iter().map(rows::run).collect()
+    }
+
+    async fn ahead(&self, _now: DateTime<Utc>) -> StorageResult<TimeDelta> {
+        // The daemon's own clock is the judge here.
+        Ok(TimeDelta::zero())
     }
 
     async fn now(&self) -> StorageResult<DateTime<Utc>> {
