@@ -31,5 +31,7 @@ macro_rules! on_both_engines {
     };
 }
 
+#[path = "jobs/daemon.rs"]
+mod daemon;
 #[path = "jobs/runner.rs"]
 mod runner;

@@ -1,0 +1,444 @@
+//! The jobs of a real daemon: what the purge takes, what a stop or a kill leaves, what is logged.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, TimeDelta, Utc};
+use reqwest::Method;
+use serde_json::{Value, json};
+use timelined::domain::{Clock as _, SystemClock};
+
+use crate::support::builders::MICRO;
+use crate::support::daemon::{Settings, TestDaemon, agent, answer, eventually, operator, service};
+use crate::support::database::{Database, Engine, run};
+use crate::support::socket::Socket;
+
+const PATIENCE: Duration = Duration::from_mins(1);
+const CONTACT: &str = "0190b5f0-7c1e-7d3a-8f00-000000000001";
+/// An hour that no test waits for.
+const NEVER: &str = "cron = \"0 0 0 29 2 *\"";
+
+fn purging(when: &str) -> String {
+    format!(
+        "[[jobs]]\nname = \"purge-expired\"\nkind = \"purge_expired\"\n{when}\ntimeout = \"10m\"\nolder_than = \"7d\"\n"
+    )
+}
+
+async fn settings(db: &Database, jobs: &str) -> Settings {
+    Settings::new()
+        .config(jobs)
+        .env("TIMELINED__DATABASE__URL", &db.url().await)
+}
+
+async fn ask_for(daemon: &TestDaemon, job: &str) -> String {
+    let path = format!("/api/v1/jobs/{job}/run");
+    let (status, body) = daemon.post(&path, &operator(), &json!({})).await;
+    assert_eq!(status, 202, "{body}");
+    body["run_id"].as_str().unwrap().to_owned()
+}
+
+async fn runs(daemon: &TestDaemon, job: &str) -> Vec<Value> {
+    let path = format!("/api/v1/jobs/{job}/runs?limit=200");
+    let (status, body) = daemon.get(&path, &operator()).await;
+    assert_eq!(status, 200, "{body}");
+    body["runs"].as_array().unwrap().clone()
+}
+
+/// The run, once it has ended.
+async fn ended(daemon: &TestDaemon, job: &str, id: &str) -> Value {
+    let found = async || {
+        let runs = runs(daemon, job).await;
+        let run = runs.into_iter().find(|run| run["id"] == id);
+        run.filter(|run| !run["finished_at"].is_null())
+    };
+    eventually("the run ends", PATIENCE, async || found().await.is_some()).await;
+    found().await.unwrap()
+}
+
+/// The lines in which runs of `job` ended.
+fn last_lines(daemon: &TestDaemon, job: &str) -> Vec<Value> {
+    let log = daemon.log();
+    log.lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("no JSON: {line}")))
+        .filter(|line: &Value| line["job.name"] == job && line["run.duration_ms"].is_u64())
+        .collect()
+}
+
+/// Inserts `events` rows that expired at `expires_at`, by plain SQL.
+async fn expired(db: &Database, tenant: &str, events: u32, expires_at: DateTime<Utc>) {
+    let (created, expires) = (db.at(expires_at - TimeDelta::days(1)), db.at(expires_at));
+    let columns = "(tenant_id, contact_id, event_type, category, source, created_at, occurred_at, expires_at)";
+    let row = format!(
+        "'{tenant}', '{CONTACT}', 'note_added', 'note', 'system', {created}, {created}, {expires}"
+    );
+    let sql = match db.engine {
+        Engine::Sqlite => format!(
+            "with recursive n (i) as (select 1 union all select i + 1 from n where i < {events})
+             insert into contact_events {columns} select {row} from n"
+        ),
+        Engine::Postgres => format!(
+            "insert into contact_events {columns} select {} from generate_series(1, {events})",
+            row.replace(&format!("'{CONTACT}'"), &format!("'{CONTACT}'::uuid"))
+        ),
+    };
+    db.execute(&sql).await.unwrap();
+}
+
+/// Takes most of what is due away by plain SQL: the rest shows as well that a purge goes on, and a
+/// debug build would take minutes for all.
+async fn leave_a_thousand(db: &Database, now: DateTime<Utc>) {
+    let due = format!("expires_at < {}", db.at(now - TimeDelta::days(7)));
+    let sql = format!(
+        "delete from contact_events where {due} and seq not in (
+             select seq from contact_events where {due} order by seq limit 1000)"
+    );
+    db.execute(&sql).await.unwrap();
+}
+
+on_both_engines! {
+    async fn the_purge_takes_exactly_what_expired_before_its_cutoff_and_all_that_hangs_on_it(db) {
+        let now = SystemClock.now();
+        let week = TimeDelta::days(7);
+        for tenant in ["acme", "globex", "zeta"] {
+            expired(db, tenant, 150, now - week - MICRO).await;
+            expired(db, tenant, 3, now - TimeDelta::days(30)).await;
+            // What will have been expired for a week a minute from now, and what has just expired.
+            expired(db, tenant, 2, now - week + TimeDelta::minutes(1)).await;
+            expired(db, tenant, 4, now - MICRO).await;
+            let old = db.at(now - TimeDelta::hours(25));
+            let young = db.at(now - TimeDelta::hours(23));
+            let some_id = db.either("id", "id::text");
+            let hash = db.either("x'00'", "'\\x00'::bytea");
+            for (table, columns, values) in [
+                ("event_reads", "event_id, reader, read_at", "id, 'ann', created_at"),
+                ("event_deliveries", "event_id, audience, outcome, recorded_at", "id, 'agent', 'delivered', created_at"),
+                ("event_outbox", "seq, event_id, contact_id, audience, rank, occurred_at, expires_at",
+                 "seq, id, contact_id, 'client', 2, occurred_at, expires_at"),
+            ] {
+                let sql = format!("insert into {table} (tenant_id, {columns}) select tenant_id, {values} from contact_events where tenant_id = '{tenant}'");
+                db.execute(&sql).await.unwrap();
+            }
+            for (name, at) in [("old", &old), ("young", &young)] {
+                let sql = format!(
+                    "insert into idempotency_keys (tenant_id, key, body_hash, event_id, created_at)
+                     select tenant_id, '{name}' || {some_id}, {hash}, id, {at} from contact_events where tenant_id = '{tenant}'"
+                );
+                db.execute(&sql).await.unwrap();
+            }
+        }
+        let daemon = settings(db, &purging(NEVER)).await.start();
+        let id = ask_for(&daemon, "purge-expired").await;
+        let run = ended(&daemon, "purge-expired", &id).await;
+        assert_eq!((&run["state"], &run["trigger"], &run["attempt"]), (&json!("succeeded"), &json!("manual"), &json!(1)));
+        assert_eq!(run["counts"], json!({ "deleted": 3 * 153, "idempotency_keys": 3 * 159 }));
+        let cutoff = db.at(now - week);
+        assert_eq!(db.count(&format!("contact_events where expires_at < {cutoff}")).await, 0);
+        assert_eq!(db.count("contact_events").await, 3 * 6);
+        for table in ["event_reads", "event_deliveries", "event_outbox"] {
+            assert_eq!(db.count(table).await, 3 * 6, "{table}");
+            let orphans = format!("{table} t where not exists (select 1 from contact_events e where e.tenant_id = t.tenant_id and e.id = t.event_id)");
+            assert_eq!(db.count(&orphans).await, 0, "{table}");
+        }
+        assert_eq!(db.count("idempotency_keys where key like 'old%'").await, 0);
+        assert_eq!(db.count("idempotency_keys where key like 'young%'").await, 3 * 159);
+        the_run_ended_in_one_line(&daemon, &run);
+    }
+
+    async fn the_scheduled_purge_takes_each_event_with_its_microsecond(db) {
+        let daemon = settings(db, &purging("every = \"1s\"").replace("7d", "1s")).await.start();
+        let begin = SystemClock.now();
+        // One each 10 ms: the purge's cutoff lies somewhere between two of them, again and again.
+        let mut all = Vec::new();
+        for step in 0..400 {
+            let at = begin - TimeDelta::seconds(1) + TimeDelta::milliseconds(10 * step) + MICRO * i32::try_from(step).unwrap();
+            all.push(at.timestamp_micros());
+            expired(db, "acme", 1, at).await;
+        }
+        let left = format!("select {} from contact_events order by 1", db.micros("expires_at"));
+        for _ in 0..40 {
+            let before = SystemClock.now() - TimeDelta::seconds(1);
+            let found = db.ints(&left).await;
+            // The youngest ones are all there: nothing goes before its second is over.
+            let after = SystemClock.now() - TimeDelta::seconds(1);
+            let due = all.iter().filter(|at| **at >= after.timestamp_micros()).copied();
+            let found: BTreeSet<_> = found.into_iter().collect();
+            assert!(due.clone().all(|at| found.contains(&at)), "gone before its time, at {before}");
+            // What is gone is a beginning of the row, never a hole.
+            let gone = all.len() - found.len();
+            assert_eq!(found, all[gone..].iter().copied().collect(), "a hole");
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+        eventually("all are gone", PATIENCE, async || db.count("contact_events").await == 0).await;
+        let deleted = async || {
+            let runs = runs(&daemon, "purge-expired").await;
+            runs.iter().map(|run| run["counts"]["deleted"].as_i64().unwrap_or(0)).sum::<i64>()
+        };
+        eventually("the rows of the runs tell all", PATIENCE, async || deleted().await == 400).await;
+    }
+
+    async fn a_purge_that_is_stopped_goes_on_at_the_next_start(db) {
+        let now = SystemClock.now();
+        expired(db, "acme", 200_000, now - TimeDelta::days(8)).await;
+        expired(db, "acme", 10, now - TimeDelta::days(6)).await;
+        let mut daemon = settings(db, &purging(NEVER)).await.start();
+        let id = ask_for(&daemon, "purge-expired").await;
+        eventually("the purge is at work", PATIENCE, async || db.count("contact_events").await < 199_000).await;
+        let began = Instant::now();
+        let status = daemon.stop();
+        assert_eq!(status.code(), Some(0), "{}", daemon.log());
+        assert!(began.elapsed() < Duration::from_secs(10), "between two batches: {:?}", began.elapsed());
+        let left = db.count("contact_events").await;
+        assert!(left > 10, "the purge was over before the stop");
+        let queued = format!("job_runs where id = '{id}' and state = 'queued' and attempt = 0 and daemon is null");
+        assert_eq!(db.count(&queued).await, 1);
+
+        leave_a_thousand(db, now).await;
+        daemon.again();
+        let run = ended(&daemon, "purge-expired", &id).await;
+        assert_eq!((&run["state"], &run["attempt"]), (&json!("succeeded"), &json!(1)));
+        let deleted = 200_010 - left + 1000;
+        assert_eq!(run["counts"], json!({ "deleted": deleted }), "of both parts");
+        assert_eq!(db.count("contact_events").await, 10);
+    }
+
+    async fn creates_go_on_while_a_large_purge_runs(db) {
+        expired(db, "acme", 60_000, SystemClock.now() - TimeDelta::days(8)).await;
+        let daemon = settings(db, &purging(NEVER)).await.start();
+        let id = ask_for(&daemon, "purge-expired").await;
+        eventually("the purge is at work", PATIENCE, async || db.count("contact_events").await < 59_900).await;
+        let (path, token) = (format!("/api/v1/contacts/{CONTACT}/events"), service("acme"));
+        let body = json!({ "event_type": "note_added", "category": "note", "source": "agent" });
+        let mut waits = Vec::new();
+        let is_going = format!("job_runs where id = '{id}' and state = 'running'");
+        while db.count(&is_going).await == 1 {
+            let began = Instant::now();
+            let (status, _) = daemon.post(&path, &token, &body).await;
+            assert_eq!(status, 201);
+            waits.push(began.elapsed());
+            let (status, _) = daemon.get(&format!("{path}?limit=10"), &token).await;
+            assert_eq!(status, 200);
+        }
+        let run = ended(&daemon, "purge-expired", &id).await;
+        assert_eq!(run["counts"]["deleted"], 60_000);
+        assert!(waits.len() >= 10, "the purge was over too soon to tell: {}", waits.len());
+        waits.sort();
+        let p95 = waits[waits.len() * 95 / 100];
+        assert!(p95 < Duration::from_millis(150), "p95 of {}: {p95:?}", waits.len());
+        assert_eq!(db.count("contact_events").await, i64::try_from(waits.len()).unwrap());
+    }
+}
+
+/// Exactly one line, with every field that an operator looks for.
+fn the_run_ended_in_one_line(daemon: &TestDaemon, run: &Value) {
+    let lines = last_lines(daemon, run["job"].as_str().unwrap());
+    let lines: Vec<_> = lines
+        .iter()
+        .filter(|line| line["run.id"] == run["id"])
+        .collect();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    let line = lines[0];
+    assert_eq!(line["run.attempt"], run["attempt"]);
+    assert_eq!(line["run.trigger"], run["trigger"]);
+    assert_eq!(line["run.scheduled_at"], run["scheduled_at"]);
+    assert_eq!(line["run.outcome"], run["state"]);
+    assert_eq!(line["node.id"], run["daemon"]);
+    assert!(line["run.lag_ms"].is_i64() || line["run.lag_ms"].is_u64());
+    assert!(line["run.next_at"].is_string());
+    let counts: Value = serde_json::from_str(line["counts"].as_str().unwrap()).unwrap();
+    assert_eq!(counts, run["counts"]);
+    assert_eq!(line["error"], run["error"]);
+}
+
+#[test]
+fn a_purge_that_was_killed_is_taken_over_at_the_next_start() {
+    run(Engine::Sqlite, async |db: &Database| {
+        let now = SystemClock.now();
+        expired(db, "acme", 100_000, now - TimeDelta::days(8)).await;
+        expired(db, "globex", 10, now - TimeDelta::days(6)).await;
+        let mut daemon = settings(db, &purging(NEVER)).await.start();
+        let id = ask_for(&daemon, "purge-expired").await;
+        eventually("the purge is at work", PATIENCE, async || {
+            db.count("contact_events").await < 99_000
+        })
+        .await;
+        daemon.kill();
+        let left = db.count("contact_events").await;
+        assert!(left > 1010, "the purge was over before the kill");
+        let kept = db.count("contact_events where tenant_id = 'globex'").await;
+        assert_eq!(kept, 10, "what should stay is there");
+        leave_a_thousand(db, now).await;
+        daemon.again();
+        let run = ended(&daemon, "purge-expired", &id).await;
+        assert_eq!(run["state"], "succeeded");
+        assert_eq!(run["counts"], json!({ "deleted": 1000 }));
+        assert_eq!(db.count("contact_events").await, 10);
+        assert!(daemon.log().contains("took over runs"), "{}", daemon.log());
+    });
+}
+
+#[tokio::test]
+async fn a_stop_during_delivery_ends_in_time_and_what_was_not_acknowledged_comes_again() {
+    let mut daemon = TestDaemon::start();
+    let watched = [CONTACT.to_owned()];
+    let (mut socket, _) = Socket::watching(&daemon.address, &agent("acme"), &watched).await;
+    let path = format!("/api/v1/contacts/{CONTACT}/events");
+    let body = json!({ "event_type": "note_added", "category": "note", "source": "agent", "is_realtime": true });
+    let (status, event) = daemon.post(&path, &service("acme"), &body).await;
+    assert_eq!(status, 201);
+    assert_eq!(socket.next_of("event").await["event"]["id"], event["id"]);
+    let began = Instant::now();
+    assert_eq!(daemon.stop().code(), Some(0));
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        began.elapsed()
+    );
+    daemon.again();
+    let (_, backlog) = Socket::watching(&daemon.address, &agent("acme"), &watched).await;
+    assert_eq!(backlog[0]["event"]["id"], event["id"]);
+    assert_eq!(backlog.len(), 1);
+}
+
+#[tokio::test]
+async fn a_stop_while_the_mail_server_stalls_ends_in_time_and_the_mail_goes_out_later() {
+    // Takes the line, and says nothing ever.
+    let stalling = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = stalling.local_addr().unwrap().port();
+    let config = |mail: &str| format!("[http]\nshutdown_timeout = \"2s\"\n[mail]\n{mail}\n");
+    let smtp = format!(
+        "smtp = {{ host = \"127.0.0.1\", port = {port}, tls = \"none\", timeout = \"1m\" }}"
+    );
+    let settings = Settings::new().config(&config(&smtp));
+    let mut daemon = settings.start();
+    let path = format!("/api/v1/contacts/{CONTACT}/exports");
+    let order = json!({ "format": "csv", "audience": "agent", "to": ["ana@example.com"] });
+    let (status, export) = daemon.post(&path, &service("acme"), &order).await;
+    assert_eq!(status, 202, "{export}");
+    let (_line, _) = tokio::time::timeout(PATIENCE, stalling.accept())
+        .await
+        .unwrap()
+        .unwrap();
+    let began = Instant::now();
+    assert_eq!(daemon.stop().code(), Some(0), "{}", daemon.log());
+    assert!(
+        began.elapsed() < Duration::from_secs(8),
+        "{:?}",
+        began.elapsed()
+    );
+
+    let daemon = settings.config(&config("directory = \"outbox\"")).start();
+    let href = export["href"].as_str().unwrap();
+    eventually("the mail goes out", PATIENCE, async || {
+        daemon.get(href, &service("acme")).await.1["state"] == "done"
+    })
+    .await;
+    assert_eq!(mails(&daemon), 1);
+}
+
+fn mails(daemon: &TestDaemon) -> usize {
+    let Ok(directory) = std::fs::read_dir(daemon.state.join("outbox")) else {
+        return 0;
+    };
+    let names = directory.map(|entry| entry.unwrap().file_name());
+    names
+        .filter(|name| name.to_string_lossy().ends_with(".eml"))
+        .count()
+}
+
+#[tokio::test]
+async fn a_second_signal_ends_the_drain_at_once() {
+    let stalling = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = stalling.local_addr().unwrap().port();
+    let settings = Settings::new().config(&format!(
+        "[http]\nshutdown_timeout = \"1m\"\n[mail]\nsmtp = {{ host = \"127.0.0.1\", port = {port}, tls = \"none\", timeout = \"5m\" }}\n"
+    ));
+    let mut daemon = settings.start();
+    let path = format!("/api/v1/contacts/{CONTACT}/exports");
+    let order = json!({ "format": "csv", "audience": "agent", "to": ["ana@example.com"] });
+    assert_eq!(daemon.post(&path, &service("acme"), &order).await.0, 202);
+    let (_line, _) = tokio::time::timeout(PATIENCE, stalling.accept())
+        .await
+        .unwrap()
+        .unwrap();
+    daemon.signal("TERM");
+    eventually("it drains", PATIENCE, async || {
+        daemon.log().contains("\"stopping\"")
+    })
+    .await;
+    let began = Instant::now();
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait(PATIENCE).code(), Some(0));
+    assert!(
+        began.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        began.elapsed()
+    );
+}
+
+#[tokio::test]
+async fn a_scheduled_export_mails_each_contact_once_a_run() {
+    let contacts: Vec<String> = (1..=3)
+        .map(|n| format!("0190b5f0-7c1e-7d3a-8f00-00000000000{n}"))
+        .collect();
+    let job = |name: &str, which: &str| {
+        format!(
+            "[[jobs]]\nname = \"{name}\"\nkind = \"timeline_export\"\n{NEVER}\ntenant = \"acme\"\naudience = \"agent\"\n{which}\nto = [\"ops@example.com\"]\n"
+        )
+    };
+    let by_name = job("weekly", &format!("contacts = {contacts:?}"));
+    let active = job("active", "select = { active_since = \"1h\" }");
+    let mut daemon = Settings::new()
+        .config(&format!("{by_name}{active}"))
+        .start();
+    for contact in &contacts[..2] {
+        let path = format!("/api/v1/contacts/{contact}/events");
+        let body = json!({ "event_type": "note_added", "category": "note", "source": "agent" });
+        assert_eq!(daemon.post(&path, &service("acme"), &body).await.0, 201);
+    }
+    let id = ask_for(&daemon, "weekly").await;
+    let run = ended(&daemon, "weekly", &id).await;
+    assert_eq!(
+        (&run["state"], &run["counts"]),
+        (&json!("succeeded"), &json!({ "exports": 3 }))
+    );
+    eventually("three mails", PATIENCE, async || mails(&daemon) == 3).await;
+    let id_of_active = ask_for(&daemon, "active").await;
+    let run = ended(&daemon, "active", &id_of_active).await;
+    assert_eq!(run["counts"], json!({ "exports": 2 }));
+    eventually("two more", PATIENCE, async || mails(&daemon) == 5).await;
+    the_run_ended_in_one_line(&daemon, &run);
+
+    // The same run once more, as after a crash between its work and its end.
+    assert_eq!(daemon.stop().code(), Some(0));
+    let file =
+        sqlx::sqlite::SqliteConnectOptions::new().filename(daemon.state.join("timelined.db"));
+    let pool = sqlx::sqlite::SqlitePool::connect_with(file).await.unwrap();
+    sqlx::query(
+        "update job_runs set state = 'running', finished_at = null, counts = '{}' where id = $1",
+    )
+    .bind(&id)
+    .execute(&pool)
+    .await
+    .unwrap();
+    pool.close().await;
+    daemon.again();
+    let run = ended(&daemon, "weekly", &id).await;
+    assert_eq!(
+        (&run["state"], &run["counts"]),
+        (&json!("succeeded"), &json!({ "repeated": 3 }))
+    );
+    let list = answer(daemon.request(Method::GET, "/api/v1/exports", &service("acme")))
+        .await
+        .1;
+    assert_eq!(list["exports"].as_array().unwrap().len(), 5);
+    eventually("all are done", PATIENCE, async || {
+        let list = daemon.get("/api/v1/exports", &service("acme")).await.1;
+        list["exports"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|export| export["state"] == "done")
+    })
+    .await;
+    assert_eq!(mails(&daemon), 5);
+}
