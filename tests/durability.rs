@@ -74,11 +74,16 @@ async fn titles(daemon: &TestDaemon, token: &str) -> Vec<String> {
     }
 }
 
+/// A socket that watches the contact, and what waited for it.
+async fn watch(daemon: &TestDaemon) -> (Socket, Vec<Value>) {
+    Socket::watching(&daemon.address, &agent("acme"), &[CONTACT.to_owned()]).await
+}
+
 /// Takes and acknowledges whatever comes, until the socket ends.
-async fn receive(address: String, received: Arc<Mutex<HashSet<String>>>) {
-    let (mut socket, backlog) =
-        Socket::watching(&address, &agent("acme"), &[CONTACT.to_owned()]).await;
-    let mut frames = backlog;
+async fn receive(
+    (mut socket, mut frames): (Socket, Vec<Value>),
+    received: Arc<Mutex<HashSet<String>>>,
+) {
     loop {
         for frame in frames.drain(..).filter(|frame| frame["type"] == "event") {
             let id = frame["event"]["id"].as_str().unwrap().to_owned();
@@ -108,7 +113,7 @@ async fn what_was_answered_survives_kills_under_load_and_reaches_a_receiver() {
             let id = record(&daemon.http, &url, &token, &title).await.unwrap();
             answered.lock().unwrap().insert(title, id);
         }
-        let receiver = tokio::spawn(receive(daemon.address.clone(), received.clone()));
+        let receiver = tokio::spawn(receive(watch(&daemon).await, received.clone()));
         let writers: Vec<_> = (0..WRITERS)
             .map(|writer| {
                 let (url, token, answered) = (url.clone(), token.clone(), answered.clone());
@@ -128,7 +133,7 @@ async fn what_was_answered_survives_kills_under_load_and_reaches_a_receiver() {
             })
             .collect();
         // At some moment under load: the load itself is the clock.
-        let goal = answered.lock().unwrap().len() + 60 + rand::random_range(0..120);
+        let goal = answered.lock().unwrap().len() + 100 + rand::random_range(0..600);
         eventually("the writers get on", Duration::from_secs(30), async || {
             answered.lock().unwrap().len() >= goal
         })
@@ -148,7 +153,7 @@ async fn what_was_answered_survives_kills_under_load_and_reaches_a_receiver() {
     for title in answered.keys() {
         assert!(distinct.contains(title), "{title} was answered and is gone");
     }
-    let receiver = tokio::spawn(receive(daemon.address.clone(), received.clone()));
+    let receiver = tokio::spawn(receive(watch(&daemon).await, received.clone()));
     eventually(
         "every event reaches a receiver",
         Duration::from_secs(30),
