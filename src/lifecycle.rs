@@ -2,6 +2,7 @@
 
 use sd_notify::NotifyState;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 use crate::api::Health;
 use crate::daemon::Daemon;
@@ -68,11 +69,20 @@ pub async fn serve(daemon: Daemon, mut signals: Signals) -> Ended {
     let stopping = daemon.stop();
     tokio::pin!(stopping);
     tokio::select! {
-        () = &mut stopping => return Ended::Stopped,
+        () = &mut stopping => return ended(&failed),
         () = signals.next() => abort.cancel(),
     }
     stopping.await;
-    Ended::Stopped
+    ended(&failed)
+}
+
+/// An fsync may fail during the drain, too.
+fn ended(failed: &CancellationToken) -> Ended {
+    if failed.is_cancelled() {
+        Ended::Failed
+    } else {
+        Ended::Stopped
+    }
 }
 
 /// Feeds systemd's watchdog while the planner keeps its pulse and the database answers in time; an

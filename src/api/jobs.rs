@@ -135,6 +135,6 @@ async fn run(
         .enqueue(id, &job.name, &operator.subject, now)
         .await?;
     api.pulse.wake();
-    tracing::info!(job.name = name, run.id = %id, by = %operator.subject, "a run was asked for");
+    tracing::info!(job.name = name, run.id = %id, by = operator.subject.as_str(), "a run was asked for");
     Ok((StatusCode::ACCEPTED, JsonBody(json!({ "run_id": id }))).into_response())
 }

@@ -2,7 +2,6 @@
 //! move. Nothing of it touches a real state directory.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -54,15 +53,6 @@ const NOTES: &[&str] = &[
 /// A new event in the demo about so often.
 const PACE: Duration = Duration::from_millis(1500);
 
-/// Removes the demo's directory when the demo ends.
-struct Directory(PathBuf);
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        drop(std::fs::remove_dir_all(&self.0));
-    }
-}
-
 pub(super) async fn run(global: &Global) -> Done {
     if global.config.is_some() {
         return Err(Failure::Usage(
@@ -70,20 +60,22 @@ pub(super) async fn run(global: &Global) -> Done {
         ));
     }
     let signals = Signals::new()?;
-    let name = format!("timelined-demo-{}", std::process::id());
-    let directory = Directory(std::env::temp_dir().join(name));
-    crate::daemon::make_private_directory(&directory.0)?;
-    let file = directory.0.join("timelined.toml");
+    // Private, by a name that nobody can foresee, and removed when the demo ends.
+    let directory = tempfile::Builder::new()
+        .prefix("timelined-demo-")
+        .tempdir()
+        .context("cannot make a directory for the demo")?;
+    let file = directory.path().join("timelined.toml");
     let address = free_address();
     let text = format!(
         "state_directory = \"{}\"\n[http]\nlisten = \"{address}\"\nops_listen = \"\"\n[log]\nlevel = \"warn\"\n",
-        directory.0.display()
+        directory.path().display()
     );
     std::fs::write(&file, text)?;
     let loaded = crate::config::load(&Request {
         explicit_file: Some(file.clone()),
         environment: Vec::new(),
-        working_directory: directory.0.clone(),
+        working_directory: directory.path().to_owned(),
     })?;
     start_logs(&loaded.config.log);
     let tenant = TenantId::new("demo").expect("a short text");
@@ -105,7 +97,7 @@ pub(super) async fn run(global: &Global) -> Done {
     let program = std::env::current_exe().context("the program has no path")?;
     introduce(&Introduction {
         address: daemon.address(),
-        directory: &directory.0,
+        directory: directory.path(),
         program: &program,
         file: &file,
         service: &service,

@@ -110,10 +110,6 @@ uuid_id!(
     /// An export of a timeline.
     ExportId
 );
-uuid_id!(
-    /// One recipient's copy of an export.
-    ExportDeliveryId
-);
 
 fn name(text: &str) -> Result<Arc<str>, IdError> {
     let length = text.chars().count();
