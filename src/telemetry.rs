@@ -21,7 +21,8 @@ use crate::storage::{Run, RunState};
 pub fn start_logs(log: &Log) {
     // The scheduler tells at its start what only its authors want to know; what is said in the
     // configuration counts more, since later directives win.
-    let directives = format!("tokio_cron_scheduler=warn,{}", log.level);
+    // At trace the WebSocket's library writes frames as they are: tokens, titles, payloads.
+    let directives = format!("tokio_cron_scheduler=warn,tungstenite=info,{}", log.level);
     let filter = EnvFilter::builder().parse_lossy(directives);
     let is_text = match log.format {
         LogFormat::Text => true,
@@ -31,6 +32,9 @@ pub fn start_logs(log: &Log) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_span_events(FmtSpan::NONE)
+        // It would say on standard error that a line could not be written there, and panic when that
+        // fails, too: a lost log must not end what it tells of.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     let started = if is_text {
         let is_terminal = std::io::stderr().is_terminal();

@@ -12,13 +12,14 @@ mod problem;
 mod server;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Router};
 use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::timeout::RequestBodyTimeoutLayer;
 use tracing::Instrument as _;
 
 pub use exports::ExportsApi;
@@ -33,6 +34,8 @@ use crate::timeline::Timeline;
 
 /// The largest body of a request.
 const MAX_BODY: usize = 1024 * 1024;
+/// A body of which nothing comes for so long is given up; it would hold a stop up, too.
+const BODY_TIME: Duration = Duration::from_secs(10);
 
 /// What the routes are made of; each takes only its own part.
 pub struct Parts {
@@ -63,6 +66,7 @@ pub fn router(parts: Parts) -> Router {
         .fallback(|| async { Problem::no_route() })
         .method_not_allowed_fallback(|| async { Problem::method_not_allowed() })
         .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(RequestBodyTimeoutLayer::new(BODY_TIME))
         .layer(Extension(parts.access))
         .layer(CatchPanicLayer::custom(|_panic| {
             Problem::internal().into_response()

@@ -4,6 +4,7 @@ use clap::Subcommand;
 use serde_json::{Map, Value, json};
 
 use super::{Done, Global, load, print, say};
+use crate::mail::Mailer;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -15,6 +16,10 @@ pub(super) enum Command {
 
 pub(super) fn run(global: &Global, command: &Command) -> Done {
     let loaded = load(global)?;
+    if matches!(command, Command::Check) {
+        // The files that it names can be read, too.
+        Mailer::new(&loaded.config.mail)?;
+    }
     match command {
         Command::Check => print(
             global,

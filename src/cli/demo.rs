@@ -74,7 +74,15 @@ pub(super) async fn run(global: &Global) -> Done {
     std::fs::write(&file, text)?;
     let loaded = crate::config::load(&Request {
         explicit_file: Some(file.clone()),
-        environment: Vec::new(),
+        // Addresses and logs may be set; where the state is, is the demo's own affair.
+        environment: super::environment()
+            .into_iter()
+            .filter(|(name, _)| {
+                ["TIMELINED__HTTP__", "TIMELINED__LOG__"]
+                    .iter()
+                    .any(|prefix| name.starts_with(prefix))
+            })
+            .collect(),
         working_directory: directory.path().to_owned(),
     })?;
     start_logs(&loaded.config.log);

@@ -8,6 +8,8 @@ use anyhow::Context as _;
 use chrono::{DateTime, Utc};
 use clap::{Args, Subcommand};
 use futures_util::{SinkExt as _, StreamExt as _};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
@@ -165,7 +167,7 @@ async fn add(global: &Global, options: &Add, storage: &Storage) -> Done {
         Err(Refusal::NotFound) => return Err(Failure::NotFound("the event is gone".to_owned())),
         Err(refusal) => return Err(Failure::Other(refusal.into())),
     };
-    print(global, &json!(event), || event.id.to_string())
+    print(global, &event, || event.id.to_string())
 }
 
 /// The event's JSON: the body, overridden by the options.
@@ -231,9 +233,16 @@ async fn list(global: &Global, options: &List, storage: &Storage) -> Done {
         .events
         .find_by_contact_visible_to(&options.tenant, options.contact, &filter, view, page)
         .await?;
-    print(global, &json!({ "events": slice.events }), || {
+    let events = &slice.events;
+    print(global, &Listed { events }, || {
         slice.events.iter().map(line).collect::<Vec<_>>().join("\n")
     })
+}
+
+/// The answer of `events list --json`.
+#[derive(Serialize)]
+struct Listed<'e> {
+    events: &'e [ContactEvent],
 }
 
 fn line(event: &ContactEvent) -> String {
@@ -300,29 +309,29 @@ async fn watch(global: &Global, options: &Watch, config: &Config) -> Done {
             Some(Ok(_)) => continue,
             Some(Err(error)) => return Err(unreachable(&error)),
         };
-        let frame: Value = serde_json::from_str(&message).context("the daemon sent no JSON")?;
-        match frame["type"].as_str() {
-            Some("event") => {
+        let frame: Frame<'_> = serde_json::from_str(&message).context("the daemon sent no JSON")?;
+        match (frame.kind, frame.event) {
+            ("event", Some(event)) => {
                 seen += 1;
-                show(global, &frame)?;
-                let ack = json!({ "type": "ack", "ids": [frame["event"]["id"]] });
+                let id = show(global, event)?;
+                let ack = json!({ "type": "ack", "ids": [id] });
                 socket
                     .send(Message::text(ack.to_string()))
                     .await
                     .context("the connection broke")?;
             }
-            Some("bye") if frame["code"] == 4401 => {
+            ("bye", _) if frame.code == Some(4401) => {
                 return Err(Failure::Denied(
                     "the daemon does not accept the token, or it has run out".to_owned(),
                 ));
             }
-            Some("bye") => {
-                let code = &frame["code"];
+            ("bye", _) => {
+                let code = frame.code.unwrap_or_default();
                 return Err(Failure::Unreachable(format!(
                     "the daemon closed the connection ({code})"
                 )));
             }
-            Some("subscribed") if frame["denied"] != json!([]) => {
+            ("subscribed", _) if !frame.denied.is_empty() => {
                 return Err(Failure::Denied(
                     "a contact may not be watched with this token".to_owned(),
                 ));
@@ -336,20 +345,47 @@ async fn watch(global: &Global, options: &Watch, config: &Config) -> Done {
     Ok(())
 }
 
-fn show(global: &Global, frame: &Value) -> Done {
-    let event = &frame["event"];
+/// What a watcher looks at in a frame; the rest of it, such as a payload, is passed on unread.
+#[derive(Deserialize)]
+struct Frame<'f> {
+    #[serde(rename = "type")]
+    kind: &'f str,
+    #[serde(borrow)]
+    event: Option<&'f RawValue>,
+    code: Option<u16>,
+    #[serde(default)]
+    denied: Vec<String>,
+}
+
+/// What a watcher shows of an event.
+#[derive(Deserialize)]
+struct Watched {
+    id: String,
+    occurred_at: String,
+    event_type: String,
+    category: String,
+    priority: String,
+    title: Option<String>,
+}
+
+/// Shows an event; answers its id.
+fn show(global: &Global, event: &RawValue) -> Result<String, Failure> {
+    let watched: Watched = serde_json::from_str(event.get()).context("the daemon sent no event")?;
     if global.json {
-        return out(&event.to_string());
+        out(event.get())?;
+    } else {
+        let title = watched.title.unwrap_or_default();
+        out(&format!(
+            "{}  {:<24} {:<12} {:<7} {}",
+            watched.occurred_at,
+            watched.event_type,
+            watched.category,
+            watched.priority,
+            // A title is shown literally: it must not steer the terminal.
+            title.replace(char::is_control, ""),
+        ))?;
     }
-    let text = |name: &str| event[name].as_str().unwrap_or("").to_owned();
-    let title: String = text("title").chars().filter(|c| !c.is_control()).collect();
-    out(&format!(
-        "{}  {:<24} {:<12} {:<7} {title}",
-        text("occurred_at"),
-        text("event_type"),
-        text("category"),
-        text("priority"),
-    ))
+    Ok(watched.id)
 }
 
 fn own_token(config: &Config, tenant: &TenantId) -> Result<String, Failure> {

@@ -16,13 +16,15 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
-use serde_json::Value;
+use serde::Serialize;
 
 use crate::access::Access;
 use crate::config::{Config, ConfigErrors, DatabaseUrl, Loaded, Request, Verifier};
 use crate::daemon::{make_private_directory, open_storage};
 use crate::domain::{Clock, SystemClock};
+use crate::mail::MailerError;
 use crate::storage::{Storage, StorageError};
 use crate::telemetry::chain;
 
@@ -120,6 +122,9 @@ enum Failure {
     /// 69: a daemon cannot be reached.
     #[error("timelined: {0}")]
     Unreachable(String),
+    /// 78: the configuration names what cannot be used.
+    #[error("timelined: {}", crate::telemetry::chain(.0))]
+    Mail(#[from] MailerError),
     /// 1: anything else.
     #[error("timelined: {}", chain(&**.0))]
     Other(anyhow::Error),
@@ -134,7 +139,7 @@ impl Failure {
             Self::NotFound(_) => 3,
             Self::Unreachable(_) => 69,
             Self::Denied(_) => 77,
-            Self::Config(_) => 78,
+            Self::Config(_) | Self::Mail(_) => 78,
         }
     }
 }
@@ -255,9 +260,10 @@ async fn migrate(global: &Global) -> Done {
 }
 
 /// Prints data: as JSON, or as text for people.
-fn print(global: &Global, json: &Value, text: impl FnOnce() -> String) -> Done {
+fn print(global: &Global, json: &impl Serialize, text: impl FnOnce() -> String) -> Done {
     let text = if global.json {
-        json.to_string()
+        // Not by way of a `Value`, which refuses what other programs may write: 1e999, or 200 levels.
+        serde_json::to_string(json).context("the answer is not JSON")?
     } else {
         text()
     };

@@ -4,6 +4,7 @@ use super::{Done, Failure, Global, check_owner, clock, load, out};
 use crate::config::DatabaseUrl;
 use crate::daemon::Daemon;
 use crate::lifecycle::{Ended, Signals, serve};
+use crate::mail::Mailer;
 use crate::telemetry::start_logs;
 
 pub(super) async fn run(global: &Global) -> Done {
@@ -11,6 +12,8 @@ pub(super) async fn run(global: &Global) -> Done {
     if matches!(loaded.config.database.url, DatabaseUrl::Sqlite(_)) {
         check_owner(&loaded.config)?;
     }
+    // Before anything is opened: what the configuration gets wrong ends with 78.
+    Mailer::new(&loaded.config.mail)?;
     let signals = Signals::new()?;
     start_logs(&loaded.config.log);
     tracing::info!(config = %loaded.file, "timelined {}", env!("CARGO_PKG_VERSION"));

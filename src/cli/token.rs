@@ -32,8 +32,18 @@ pub(super) struct Options {
     )]
     contacts: Vec<ContactId>,
     /// How long it is valid, such as 15m, 12h or 30d.
-    #[arg(long, alias = "expires-in", default_value = "1h", value_parser = humantime::parse_duration)]
+    #[arg(long, alias = "expires-in", default_value = "1h", value_parser = lifetime)]
     ttl: Duration,
+}
+
+/// From a second to ten years: a token that nobody can take back should not outlive its installation.
+fn lifetime(text: &str) -> Result<Duration, String> {
+    let most = Duration::from_hours(3650 * 24);
+    match humantime::parse_duration(text) {
+        Ok(ttl) if (Duration::from_secs(1)..=most).contains(&ttl) => Ok(ttl),
+        Ok(_) => Err("must be between 1s and 3650d".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
 }
 
 pub(super) fn run(global: &Global, options: &Options) -> Done {

@@ -105,6 +105,10 @@ fn public_url() -> Rule<Option<String>> {
             if text.is_empty() {
                 return Ok(None);
             }
+            if text.contains('@') {
+                // Not shown: it may hold a password.
+                return Err(Problem::new("has a user or a password in it"));
+            }
             let trimmed = text.trim_end_matches('/');
             if !is_web_url(trimmed) {
                 return Err(Problem::new(format!("{text:?} is not such a URL")));

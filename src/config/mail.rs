@@ -7,7 +7,7 @@ use lettre::message::Mailbox;
 
 use super::error::Problem;
 use super::reader::Section;
-use super::rules::{choice, duration, number, parsed, size, words};
+use super::rules::{Rule, choice, duration, number, parsed, size, text, words};
 use super::secret::Secret;
 
 /// `[mail]`: how mail leaves.
@@ -113,7 +113,7 @@ impl Mail {
 impl Smtp {
     /// `None` is an error that has been noted.
     fn read(section: &mut Section<'_>) -> Option<Self> {
-        let host = section.take_required("host", &words("the name of the server"));
+        let host = section.take_required("host", &host());
         let tls = section.take(
             "tls",
             "starttls",
@@ -152,6 +152,18 @@ impl Smtp {
             ),
         })
     }
+}
+
+fn host() -> Rule<String> {
+    text("the name of the server", |text| {
+        if text.is_empty() {
+            return Err(Problem::new("is empty"));
+        }
+        if text.contains(|c: char| c.is_whitespace() || c.is_control() || c == '/') {
+            return Err(Problem::new(format!("{text:?} is not a host name")));
+        }
+        Ok(text.to_owned())
+    })
 }
 
 impl SmtpTls {

@@ -21,10 +21,17 @@ pub enum JsonObjectError {
         /// The size, in bytes.
         size: usize,
     },
+    /// It is nested too deep for the parsers of those who will read it.
+    #[error("must not be nested deeper than {MAX_DEPTH} levels")]
+    TooDeep,
     /// A key or a text holds NUL, which PostgreSQL cannot store.
     #[error("must not contain the NUL character (\\u0000)")]
     Nul,
 }
+
+/// How deep an object may be nested. Parsers stop at 128 levels and more, and an event stands some
+/// levels deep in a page or a frame.
+const MAX_DEPTH: usize = 100;
 
 /// A JSON object as compact text.
 #[derive(Debug, Clone)]
@@ -39,6 +46,9 @@ impl JsonObject {
         let Value::Object(object) = value else {
             return Err(JsonObjectError::NotObject);
         };
+        if !fits(value, MAX_DEPTH) {
+            return Err(JsonObjectError::TooDeep);
+        }
         if object_has_nul(object) {
             return Err(JsonObjectError::Nul);
         }
@@ -55,7 +65,7 @@ impl JsonObject {
     /// Wraps text that a database returned.
     ///
     /// # Errors
-    /// [`JsonObjectError::NotObject`] where it is not the text of an object.
+    /// [`JsonObjectError`] where it is not the text of an object, or one that readers stumble over.
     pub fn from_stored(text: String) -> Result<Self, JsonObjectError> {
         match RawValue::from_string(text) {
             // A raw value is not looked into: a lone surrogate, which the databases let through, would
@@ -66,6 +76,7 @@ impl JsonObject {
             {
                 Err(JsonObjectError::NotObject)
             }
+            Ok(raw) if depth(raw.get()) > MAX_DEPTH => Err(JsonObjectError::TooDeep),
             Ok(raw) if raw.get().starts_with('{') => Ok(Self(raw)),
             _ => Err(JsonObjectError::NotObject),
         }
@@ -100,6 +111,35 @@ fn has_surrogate(text: &str) -> bool {
     text.contains("\\ud") || text.contains("\\uD")
 }
 
+/// Whether a value is nested at most `levels` deep.
+fn fits(value: &Value, levels: usize) -> bool {
+    match value {
+        Value::Array(items) => levels > 0 && items.iter().all(|item| fits(item, levels - 1)),
+        Value::Object(object) => levels > 0 && object.values().all(|value| fits(value, levels - 1)),
+        _ => true,
+    }
+}
+
+/// How deep a JSON text is nested.
+fn depth(text: &str) -> usize {
+    let (mut depth, mut deepest) = (0_usize, 0);
+    let (mut in_text, mut escaped) = (false, false);
+    for byte in text.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_text => escaped = true,
+            b'"' => in_text = !in_text,
+            b'{' | b'[' if !in_text => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b'}' | b']' if !in_text => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
+}
+
 fn object_has_nul(object: &Map<String, Value>) -> bool {
     object
         .iter()
@@ -132,6 +172,20 @@ mod tests {
                 size
             })
         );
+    }
+
+    #[test]
+    fn what_is_nested_too_deep_for_readers_is_refused() {
+        let nested = |levels: usize| {
+            let inner = levels - 1;
+            format!("{{\"[\\\"{{\":{}{}}}", "[".repeat(inner), "]".repeat(inner))
+        };
+        let new = |levels| JsonObject::new(&serde_json::from_str(&nested(levels)).unwrap(), 1000);
+        assert!(new(MAX_DEPTH).is_ok());
+        assert_eq!(new(MAX_DEPTH + 1), Err(JsonObjectError::TooDeep));
+        assert!(JsonObject::from_stored(nested(MAX_DEPTH)).is_ok());
+        let deeper = JsonObject::from_stored(nested(MAX_DEPTH + 1));
+        assert_eq!(deeper, Err(JsonObjectError::TooDeep));
     }
 
     #[test]

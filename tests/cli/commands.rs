@@ -73,6 +73,10 @@ fn wrong_arguments_end_with_2_and_say_what_is_right() {
             "timelined: an operator belongs to no tenant; leave --tenant out",
         ),
         (vec!["token", "--role", "operator", "--ttl", "5"], "--ttl"),
+        (
+            vec!["token", "--role", "operator", "--ttl", "0s"],
+            "must be between 1s and 3650d",
+        ),
         (vec!["token", "--role", "agent", "--tenant", ""], "--tenant"),
         (
             vec!["events", "add", "7", "--tenant", "acme"],
@@ -349,6 +353,31 @@ fn where_tokens_are_only_checked_none_can_be_made() {
 // ---- events ----
 
 on_both_engines! {
+    async fn what_parsers_stumble_over_is_passed_on_or_passed_over(db) {
+        let settings = on(db).await;
+        let deep = format!("{{\"deep\":{}{}}}", "[".repeat(200), "]".repeat(200));
+        for (title, payload) in [("number", r#"{"a":1e999}"#), ("deep", &deep)] {
+            let flag = db.flag(true);
+            db.execute(&format!(
+                "insert into contact_events (tenant_id, contact_id, event_type, category, source, title, payload, is_realtime)
+                 values ('acme', '{CONTACT}', 'note_added', 'note', 'agent', '{title}', '{payload}', {flag})"
+            ))
+            .await
+            .unwrap();
+        }
+        let listed = run(&settings, &["events", "list", CONTACT, "--tenant", "acme", "--json"]).done();
+        assert!(listed.contains(r#""payload":{"a":1e999}"#), "{listed}");
+        assert!(!listed.contains("deep"), "{listed}");
+
+        let daemon = settings.start();
+        let watched = run(
+            &settings,
+            &["events", "watch", CONTACT, "--tenant", "acme", "--address", &daemon.address, "--count", "1", "--json"],
+        )
+        .done();
+        assert!(watched.contains(r#""payload":{"a":1e999}"#), "{watched}");
+    }
+
     async fn an_event_that_is_added_is_listed(db) {
         let settings = on(db).await;
         let add = |more: &[&str]| run(&settings, &[&["events", "add", CONTACT, "--tenant", "acme"], more].concat());

@@ -38,6 +38,40 @@ fn a_cron_line_of_five_fields_is_refused_with_the_six_that_are_meant() {
 }
 
 #[test]
+fn a_mail_server_that_cannot_be_used_is_an_error_of_the_configuration() {
+    for (smtp, said) in [
+        (
+            "host = \"relay.example.com\"\ntls = \"none\"\nuser = \"u\"\npassword = \"hunter2\"\n",
+            "timelined: mail.smtp: a password is not sent to \"relay.example.com\" in clear; set tls = \"starttls\" or \"tls\", or use a relay on this host",
+        ),
+        (
+            "host = \"relay.example.com\"\nca = \"/nonexistent.pem\"\n",
+            "timelined: mail.smtp.ca: cannot read /nonexistent.pem: No such file or directory (os error 2)",
+        ),
+        (
+            "host = \"a b\"\n",
+            "timelined.toml:2:8: mail.smtp.host: \"a b\" is not a host name; the name of the server",
+        ),
+    ] {
+        let text = format!("[mail.smtp]\n{smtp}");
+        said_about(&text).failed(78, said);
+        let ran = run(&Settings::new().config(&text), &["run"]);
+        assert_eq!(ran.code, 78, "{ran:?}");
+        assert!(!ran.err.contains("hunter2"), "{ran:?}");
+    }
+}
+
+#[test]
+fn a_password_in_the_public_url_is_refused_and_not_shown() {
+    let ran = said_about("[http]\npublic_url = \"https://crm:hunter2@example.com/\"\n");
+    ran.failed_saying(
+        78,
+        "timelined.toml:2:14: http.public_url: has a user or a password in it",
+    );
+    assert!(!ran.err.contains("hunter2"), "{ran:?}");
+}
+
+#[test]
 fn all_errors_come_at_once() {
     let settings = Settings::new()
         .config("[http]\nlistn = \"x\"\nshutdown_timeout = 20\n[log]\nlevel = \"inof\"\n")

@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::support::daemon::{Settings, eventually};
+use serde_json::json;
+
+use crate::support::daemon::{Settings, eventually, operator};
 use crate::{copy, ran, run};
 
 /// The user nobody, as Debian numbers it.
@@ -258,5 +260,23 @@ async fn a_hangup_is_answered_by_a_line_in_the_log_and_the_daemon_runs_on() {
     eventually("the hangup is logged", Duration::from_secs(30), is_logged).await;
     let (status, _) = daemon.get("/healthz", "").await;
     assert_eq!(status, 200);
+    assert!(daemon.stop().success());
+}
+
+#[tokio::test]
+async fn a_log_that_cannot_be_written_ends_nothing() {
+    let onto_full = ["sh", "-c", r#"exec "$0" "$@" 2>/dev/full"#];
+    let mut daemon = Settings::new().wrapped_in(&onto_full).start();
+    let runs = "/api/v1/jobs/purge-expired";
+    let asked = json!({});
+    let (status, run) = daemon
+        .post(&format!("{runs}/run"), &operator(), &asked)
+        .await;
+    assert_eq!(status, 202, "{run}");
+    eventually("the run ends", Duration::from_secs(10), async || {
+        let (_, page) = daemon.get(&format!("{runs}/runs"), &operator()).await;
+        page["runs"][0]["state"] == "succeeded"
+    })
+    .await;
     assert!(daemon.stop().success());
 }
