@@ -18,8 +18,9 @@ create table job_runs (
 
 -- A scheduled time of a job is claimed once in the whole installation.
 create unique index job_runs_claim on job_runs (job, scheduled_at) where trigger <> 'manual';
--- A job's history, newest first.
-create index job_runs_history on job_runs (job, id);
+-- A job's history, newest first. Nulls last, in an order that the primary key does not have: by that
+-- one, the planner reads the runs of all jobs to find those of a job that seldom runs.
+create index job_runs_history on job_runs (job, id desc nulls last);
 -- What waits for a daemon.
 create index job_runs_queue on job_runs (id) where state = 'queued';
 create index job_runs_running on job_runs (daemon) where state = 'running';

@@ -436,7 +436,11 @@ impl EventRepository for PgStorage {
             event_columns!(),
             "
              from unnest($1::text[], $2::uuid[]) t (tenant_id, event_id)
-             join event_outbox o on o.tenant_id = t.tenant_id and o.event_id = t.event_id
+             -- the limit keeps it a look for each: a plain join may read the whole backlog
+             cross join lateral (
+                 select w.seq, w.rank, w.tenant_id, w.event_id from event_outbox w
+                 where w.tenant_id = t.tenant_id and w.event_id = t.event_id
+                 limit 1) o
              join timeline_events e on e.tenant_id = o.tenant_id and e.id = o.event_id
              order by o.rank, o.seq"
         ))
@@ -846,7 +850,7 @@ async fn claim_keys(
               as claim (key, body_hash, event_id, created_at)
          on conflict (tenant_id, key) do update
          set body_hash = excluded.body_hash, event_id = excluded.event_id, created_at = excluded.created_at
-         where idempotency_keys.created_at <= excluded.created_at - $6
+         where idempotency_keys.created_at <= excluded.created_at - $6::interval
          returning key",
     )
     .bind(tenant.as_str())

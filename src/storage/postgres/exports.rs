@@ -123,11 +123,12 @@ impl ExportStore for PgStorage {
             "select ",
             export_columns!(),
             " from exports
-             where tenant_id = $1 and ($2::uuid is null or id < $2)
+             where tenant_id = $1 and id < $2
              order by id desc limit $3"
         ))
         .bind(tenant.as_str())
-        .bind(before.map(ExportId::uuid))
+        // The largest UUID, not "none": so that the index finds the place.
+        .bind(before.map_or(Uuid::max(), ExportId::uuid))
         .bind(i64::from(limit))
         .fetch_all(&mut *snapshot)
         .await?;
@@ -203,7 +204,7 @@ impl ExportStore for PgStorage {
                               then 'running' else 'done' end,
                  finished_at = case when exists (select 1 from export_deliveries d
                                                  where d.tenant_id = $1 and d.export_id = $2)
-                                    then null else $8 end
+                                    then null else $8::timestamptz end
              where tenant_id = $1 and id = $2 and claimed_by = $3 and state = 'running'",
         )
         .bind(export.tenant_id.as_str())
@@ -490,7 +491,7 @@ impl ExportStore for PgStorage {
         let found = sqlx::query(
             "with recursive contacts (contact_id) as (
                  (select contact_id from contact_events
-                  where tenant_id = $1 and ($4::uuid is null or contact_id > $4)
+                  where tenant_id = $1 and contact_id > $4
                   order by contact_id limit 1)
                  union all
                  select (select e.contact_id from contact_events e
@@ -507,7 +508,8 @@ impl ExportStore for PgStorage {
         .bind(tenant.as_str())
         .bind(since)
         .bind(category.map(Category::as_str))
-        .bind(after.map(ContactId::uuid))
+        // No contact is nil.
+        .bind(after.map_or(Uuid::nil(), ContactId::uuid))
         .bind(i64::from(limit))
         .fetch_all(&self.worker)
         .await?;

@@ -179,11 +179,12 @@ impl JobLedger for PgStorage {
             "select ",
             run_columns!(),
             " from job_runs
-             where job = $1 and ($2::uuid is null or id < $2)
-             order by id desc limit $3"
+             where job = $1 and id < $2
+             order by id desc nulls last limit $3"
         ))
         .bind(job)
-        .bind(before.map(RunId::uuid))
+        // The largest UUID, not "none": so that the index finds the place.
+        .bind(before.map_or(Uuid::max(), RunId::uuid))
         .bind(i64::from(limit))
         .fetch_all(&self.worker)
         .await?;
@@ -199,7 +200,7 @@ impl JobLedger for PgStorage {
             run_columns!(),
             " from job_runs
                  where job = j.name
-                 order by id desc limit 1) r"
+                 order by id desc nulls last limit 1) r"
         ))
         .bind(jobs)
         .fetch_all(&self.worker)

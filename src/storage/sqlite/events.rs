@@ -502,8 +502,10 @@ impl EventRepository for SqliteStorage {
                     let new = sqlx::query(
                         "insert into event_reads (tenant_id, event_id, reader, read_at)
                          select e.tenant_id, e.id, $4, $7
-                         from contact_events e
-                         where e.tenant_id = $1 and e.id in (select value from json_each($2))
+                         -- a cross join keeps this order: event by event, not through the tenant's all
+                         from (select distinct value from json_each($2)) j
+                         cross join contact_events e
+                         where e.tenant_id = $1 and e.id = j.value
                            and ($3 is null or e.contact_id in (select value from json_each($3)))
                            and case $5 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
                            and ($6 is null or e.expires_at is null or e.expires_at > $6)
@@ -522,9 +524,10 @@ impl EventRepository for SqliteStorage {
                     let new: HashSet<Uuid> = new.iter().filter_map(|row| row.uuid("event_id").ok()?).collect();
                     let rows = sqlx::query(
                         "select r.event_id, e.contact_id, r.read_at
-                         from contact_events e
+                         from (select distinct value from json_each($2)) j
+                         cross join contact_events e
                          join event_reads r on r.tenant_id = e.tenant_id and r.event_id = e.id and r.reader = $4
-                         where e.tenant_id = $1 and e.id in (select value from json_each($2))
+                         where e.tenant_id = $1 and e.id = j.value
                            and ($3 is null or e.contact_id in (select value from json_each($3)))
                            and case $5 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
                            and ($6 is null or e.expires_at is null or e.expires_at > $6)",
@@ -566,7 +569,7 @@ impl EventRepository for SqliteStorage {
                     sqlx::query(
                         "insert into event_deliveries (tenant_id, event_id, audience, outcome, recorded_at)
                          select tenant_id, event_id, audience, 'expired', $1 from event_outbox
-                         where expires_at <= $1 order by expires_at, seq limit $2
+                         where expires_at <= $1 order by expires_at, added limit $2
                          on conflict do nothing",
                     )
                     .bind(at(now))
@@ -575,7 +578,7 @@ impl EventRepository for SqliteStorage {
                     .await?;
                     let expired = sqlx::query(
                         "delete from event_outbox where added in (
-                             select added from event_outbox where expires_at <= $1 order by expires_at, seq limit $2)",
+                             select added from event_outbox where expires_at <= $1 order by expires_at, added limit $2)",
                     )
                     .bind(at(now))
                     .bind(limit);

@@ -112,11 +112,12 @@ impl ExportStore for SqliteStorage {
             "select ",
             export_columns!(),
             " from exports
-             where tenant_id = $1 and ($2 is null or id < $2)
+             where tenant_id = $1 and id < $2
              order by id desc limit $3"
         ))
         .bind(tenant.as_str())
-        .bind(before.map(|id| text(id.uuid())))
+        // The largest UUID, not "none": so that the index finds the place.
+        .bind(text(before.map_or(Uuid::max(), ExportId::uuid)))
         .bind(limit)
         .fetch_all(&mut *snapshot)
         .await?;
@@ -548,7 +549,7 @@ impl ExportStore for SqliteStorage {
         // A step per contact through the timeline's index.
         let found = sqlx::query(
             "with recursive contacts (contact_id) as (
-                 select min(contact_id) from contact_events where tenant_id = $1 and ($4 is null or contact_id > $4)
+                 select min(contact_id) from contact_events where tenant_id = $1 and contact_id > $4
                  union all
                  select (select min(e.contact_id) from contact_events e
                          where e.tenant_id = $1 and e.contact_id > c.contact_id)
@@ -563,7 +564,8 @@ impl ExportStore for SqliteStorage {
         .bind(tenant.as_str())
         .bind(at(since))
         .bind(category.map(Category::as_str))
-        .bind(after.map(|contact| text(contact.uuid())))
+        // No contact is nil.
+        .bind(text(after.map_or(Uuid::nil(), ContactId::uuid)))
         .bind(limit)
         .fetch_all(&self.readers)
         .await?;

@@ -99,7 +99,8 @@ impl JobLedger for SqliteStorage {
         // Asked of a reader first: the queue is empty most of the time, and a write costs an fsync.
         let waiting: Option<i64> = sqlx::query_scalar(
             "select 1 from job_runs
-             where state = 'queued' and job in (select value from json_each($1)) limit 1",
+             -- the plus: by the queue's index, where job's would read the whole history
+             where state = 'queued' and +job in (select value from json_each($1)) limit 1",
         )
         .bind(set(jobs))
         .fetch_optional(&self.readers)
@@ -115,7 +116,7 @@ impl JobLedger for SqliteStorage {
                         "update job_runs
                          set state = 'running', daemon = $2, started_at = coalesce(started_at, $3), attempt = attempt + 1
                          where id = (select id from job_runs
-                                     where state = 'queued' and job in (select value from json_each($1))
+                                     where state = 'queued' and +job in (select value from json_each($1))
                                      order by id limit 1)
                          returning ", run_columns!()
                     ))
@@ -224,11 +225,12 @@ impl JobLedger for SqliteStorage {
             "select ",
             run_columns!(),
             " from job_runs
-             where job = $1 and ($2 is null or id < $2)
+             where job = $1 and id < $2
              order by id desc limit $3"
         ))
         .bind(job)
-        .bind(before.map(|id| text(id.uuid())))
+        // The largest UUID, not "none": so that the index finds the place.
+        .bind(text(before.map_or(Uuid::max(), RunId::uuid)))
         .bind(limit)
         .fetch_all(&self.readers)
         .await?;
