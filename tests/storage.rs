@@ -54,5 +54,7 @@ mod receipts;
 mod rules;
 #[path = "storage/saving.rs"]
 mod saving;
+#[path = "storage/statements.rs"]
+mod statements;
 #[path = "storage/timelines.rs"]
 mod timelines;

@@ -224,15 +224,18 @@ impl Database {
     pub async fn plan(&self, sql: &str, parameters: &[String]) -> String {
         let lines = match &self.sql {
             Sql::Sqlite(pool) => {
-                // From the last one, since $1 begins $10.
-                let mut text = sql.to_owned();
-                for (index, literal) in parameters.iter().enumerate().rev() {
-                    text = text.replace(&format!("${}", index + 1), literal);
+                // Bound, not written into it: to a literal the planner would fold what it cannot
+                // fold for the daemon.
+                let explain = AssertSqlSafe(format!("explain query plan {sql}"));
+                let mut query = sqlx::query(explain);
+                for literal in parameters {
+                    query = match literal.strip_prefix('\'') {
+                        Some(text) => query.bind(text.trim_end_matches('\'').to_owned()),
+                        None if literal == "null" => query.bind(None::<i64>),
+                        None => query.bind(literal.parse::<i64>().unwrap()),
+                    };
                 }
-                let rows = sqlx::query(AssertSqlSafe(format!("explain query plan {text}")))
-                    .fetch_all(pool)
-                    .await
-                    .unwrap();
+                let rows = query.fetch_all(pool).await.unwrap();
                 let detail = |row| sqlx::Row::get::<String, _>(row, "detail");
                 rows.iter().map(detail).collect::<Vec<_>>()
             }
@@ -244,7 +247,10 @@ impl Database {
                     .execute(&mut *connection)
                     .await
                     .unwrap();
-                let execute = format!("explain execute q({})", parameters.join(", "));
+                let execute = match parameters {
+                    [] => "explain execute q".to_owned(),
+                    some => format!("explain execute q({})", some.join(", ")),
+                };
                 let rows = sqlx::raw_sql(AssertSqlSafe(execute))
                     .fetch_all(&mut *connection)
                     .await
