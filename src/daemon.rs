@@ -317,7 +317,13 @@ impl Daemon {
         {
             self.abort.cancel();
         }
-        self.storage.close().await;
+        // Bounded too: a pool waits for every connection that a hanging statement holds.
+        if tokio::time::timeout(ABORT_GRACE, self.storage.close())
+            .await
+            .is_err()
+        {
+            tracing::warn!("could not close the database in time");
+        }
         tracing::info!("stopped");
     }
 }

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::jobs::Pulse;
 use crate::live::Hub;
-use crate::storage::{Storage, unreadable_rows};
+use crate::storage::{Storage, StorageResult, unreadable_rows};
 use crate::telemetry::{Metrics, chain};
 
 /// A database that takes longer than this to answer is not ready.
@@ -34,28 +34,22 @@ pub struct Health {
 type Check = (&'static str, Result<(), String>);
 
 impl Health {
-    /// Whether the planner works and the database answers in time. An error in time is an answer.
+    /// Whether the planner works, the database answers in time and writes do not hang. An error in
+    /// time is an answer.
     pub async fn makes_progress(&self) -> bool {
         let answered = tokio::time::timeout(DATABASE_TIME, self.storage.ledger.now()).await;
-        self.pulse.is_steady() && answered.is_ok()
+        self.pulse.is_steady() && answered.is_ok() && !self.storage.is_stuck()
     }
 
     /// Every check.
     async fn checks(&self) -> Vec<Check> {
-        let database = match tokio::time::timeout(DATABASE_TIME, self.storage.ledger.now()).await {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(error)) => Err(chain(&error)),
-            Err(_slow) => Err(format!(
-                "did not answer within {} s",
-                DATABASE_TIME.as_secs()
-            )),
-        };
+        let database = in_time(async {
+            self.storage.ledger.now().await?;
+            self.storage.check_writer().await
+        })
+        .await;
         let migrations = match &database {
-            Ok(()) => self
-                .storage
-                .check_schema()
-                .await
-                .map_err(|error| chain(&error)),
+            Ok(()) => in_time(self.storage.check_schema()).await,
             Err(_) => Err("the database does not answer".to_owned()),
         };
         let planner = if self.pulse.is_steady() {
@@ -74,6 +68,17 @@ impl Health {
             ("planner", planner),
             ("running", running),
         ]
+    }
+}
+
+/// What the database answers within its time.
+async fn in_time(answer: impl Future<Output = StorageResult<()>>) -> Result<(), String> {
+    match tokio::time::timeout(DATABASE_TIME, answer).await {
+        Ok(answer) => answer.map_err(|error| chain(&error)),
+        Err(_slow) => Err(format!(
+            "did not answer within {} s",
+            DATABASE_TIME.as_secs()
+        )),
     }
 }
 

@@ -38,8 +38,8 @@ pub struct Storage {
     pub ledger: Arc<dyn JobLedger>,
     /// The export queue.
     pub exports: Arc<dyn ExportStore>,
-    /// Cancelled when an acknowledged write can no longer be promised (a failed fsync): the daemon
-    /// must stop, and must not try the fsync again.
+    /// Cancelled when an acknowledged write can no longer be promised (a failed fsync, a lost
+    /// writer): the daemon must stop, and must not try the fsync again.
     pub failed: CancellationToken,
     closer: Closer,
 }
@@ -111,6 +111,28 @@ impl Storage {
         match &self.closer {
             Closer::Sqlite(storage) => storage.check_schema().await,
             Closer::Postgres(storage) => storage.check_schema().await,
+        }
+    }
+
+    /// Waits until a write would be served; it writes nothing.
+    ///
+    /// # Errors
+    /// What a write would answer now.
+    pub async fn check_writer(&self) -> StorageResult<()> {
+        match &self.closer {
+            Closer::Sqlite(storage) => storage.check_writer().await,
+            // Every connection writes: an answer to anything is as good.
+            Closer::Postgres(_) => self.ledger.now().await.map(drop),
+        }
+    }
+
+    /// Whether writes hang, such as on a disk that does not answer. Waiting for another process, or
+    /// for a server, is none: that ends in time, with an error.
+    #[must_use]
+    pub fn is_stuck(&self) -> bool {
+        match &self.closer {
+            Closer::Sqlite(storage) => storage.is_stuck(),
+            Closer::Postgres(_) => false,
         }
     }
 

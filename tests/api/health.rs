@@ -5,6 +5,8 @@ use crate::support::builders::contact;
 use crate::support::daemon::{Settings, TestDaemon, eventually, service};
 use crate::support::database::Cluster;
 use serde_json::json;
+use sqlx::Connection;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 
 async fn health(daemon: &TestDaemon, path: &str) -> Answer {
     send(daemon.http.get(daemon.url(path))).await
@@ -60,4 +62,28 @@ async fn a_stopped_postgres_makes_it_unready_not_dead_and_it_heals_with_the_data
     let page = get(&daemon, &path, &service("acme")).await.json();
     assert_eq!(page["total"], 2, "{page}");
     assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
+}
+
+#[tokio::test]
+async fn a_sqlite_that_takes_no_writes_is_unready_while_it_is_read_and_heals() {
+    let settings = Settings::new();
+    let daemon = settings.clone().start();
+    let path = timeline(contact(1));
+    let file = SqliteConnectOptions::new().filename(settings.state().join("timelined.db"));
+    let mut other = SqliteConnection::connect_with(&file).await.unwrap();
+    let lock = sqlx::raw_sql("begin immediate").execute(&mut other).await;
+    lock.unwrap();
+    let answer = health(&daemon, "/readyz").await;
+    assert_eq!(answer.status, 503, "{}", answer.text);
+    let checks = &answer.json()["checks"];
+    assert_eq!(checks["database"], "did not answer within 2 s", "{checks}");
+    assert_eq!(get(&daemon, &path, &service("acme")).await.status, 200);
+    // Another program's lock is no reason to be killed.
+    assert_eq!(health(&daemon, "/healthz").await.status, 200);
+
+    other.close().await.unwrap();
+    eventually("it is ready again", PATIENCE, async || {
+        health(&daemon, "/readyz").await.status == 200
+    })
+    .await;
 }

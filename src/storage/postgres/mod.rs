@@ -117,10 +117,8 @@ impl PgStorage {
     }
 
     pub(super) async fn check_schema(&self) -> StorageResult<()> {
-        let mut connection = self.connect(FOREGROUND).await?;
-        migrations::check(&mut connection, migrations::POSTGRES).await?;
-        connection.close().await?;
-        Ok(())
+        let mut connection = self.foreground.acquire().await?;
+        migrations::check(&mut *connection, migrations::POSTGRES).await
     }
 
     pub(super) async fn close(&self) {

@@ -27,6 +27,9 @@ use writer::Writer;
 
 /// How long a statement waits for another process that is writing, such as a command.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// A transaction that takes longer hangs on a dying disk: one that waits for another process has given
+/// up long before.
+const STUCK_AFTER: Duration = Duration::from_secs(15);
 /// Readers see a snapshot each and do not wait for the writer; more would only cost memory.
 const READERS: u32 = 4;
 
@@ -78,7 +81,7 @@ impl SqliteStorage {
         })
     }
 
-    /// Cancelled after a failed fsync.
+    /// Cancelled after a failed fsync, or where the writer is lost.
     #[must_use]
     pub fn failed(&self) -> CancellationToken {
         self.writer.failed()
@@ -93,8 +96,16 @@ impl SqliteStorage {
     }
 
     pub(super) async fn check_schema(&self) -> StorageResult<()> {
-        let mut connection = self.options.connect().await?;
-        migrations::check(&mut connection, migrations::SQLITE).await
+        let mut connection = self.readers.acquire().await?;
+        migrations::check(&mut *connection, migrations::SQLITE).await
+    }
+
+    pub(super) async fn check_writer(&self) -> StorageResult<()> {
+        self.writer.ping().await
+    }
+
+    pub(super) fn is_stuck(&self) -> bool {
+        self.writer.busy_for() > STUCK_AFTER
     }
 
     pub(super) async fn close(&self) {

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::BoxFuture;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection};
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::storage::{Recording, Saved, StorageError, StorageResult};
@@ -194,6 +194,15 @@ fn ends_transaction(error: &StorageError) -> bool {
     )
 }
 
+/// Nothing can be written any more: an fsync failed, or the thread that runs SQLite died.
+fn is_the_end(error: &StorageError) -> bool {
+    match error {
+        StorageError::Durability(_) => true,
+        StorageError::Unavailable(source) => matches!(**source, sqlx::Error::WorkerCrashed),
+        _ => false,
+    }
+}
+
 /// The steps of a transaction: all savings as one, then the others.
 fn steps(batch: &mut Vec<Waiting>) -> Vec<Box<dyn Request>> {
     let (mut savings, mut others) = (Vec::new(), Vec::new());
@@ -217,6 +226,8 @@ pub(super) struct Writer {
     failed: CancellationToken,
     task: Arc<Mutex<Option<tokio::task::JoinHandle<()>>>>,
     closing: CancellationToken,
+    /// When the transaction in hand began.
+    began: watch::Receiver<Option<Instant>>,
 }
 
 impl Writer {
@@ -236,14 +247,18 @@ impl Writer {
         let (requests, queue) = mpsc::channel(QUEUE);
         let failed = CancellationToken::new();
         let closing = CancellationToken::new();
+        let (in_hand, began) = watch::channel(None);
         let mut worker = Worker {
             connection,
             wal: PathBuf::from(wal),
             checkpoint_at: CHECKPOINT_BYTES,
             batch: BATCH,
             failed: failed.clone(),
+            in_hand,
         };
         let stop = closing.clone();
+        // A task that ends in a panic takes no more requests: that must not pass for a quiet day.
+        let lost = failed.clone().drop_guard();
         #[expect(
             clippy::disallowed_methods,
             reason = "the writer outlives every tracked task, since they write while they end; close() waits for it"
@@ -251,17 +266,32 @@ impl Writer {
         let task = tokio::spawn(async move {
             worker.serve(queue, stop).await;
             worker.end().await;
+            lost.disarm();
         });
         Ok(Self {
             requests,
             failed,
             task: Arc::new(Mutex::new(Some(task))),
             closing,
+            began,
         })
     }
 
     pub(super) fn failed(&self) -> CancellationToken {
         self.failed.clone()
+    }
+
+    /// Waits for a transaction that writes nothing, and so costs no fsync: proves that the next one
+    /// would be served.
+    pub(super) async fn ping(&self) -> StorageResult<()> {
+        self.write(|_connection| Box::pin(async { Ok(()) })).await
+    }
+
+    /// How long the transaction in hand has taken.
+    pub(super) fn busy_for(&self) -> Duration {
+        self.began
+            .borrow()
+            .map_or(Duration::ZERO, |began| began.elapsed())
     }
 
     /// Runs `request` in the next shared transaction; its result is durable when this returns.
@@ -315,6 +345,8 @@ struct Worker {
     /// How many requests the next transaction takes, from the times of those before.
     batch: usize,
     failed: CancellationToken,
+    /// When the transaction in hand began.
+    in_hand: watch::Sender<Option<Instant>>,
 }
 
 impl Worker {
@@ -327,23 +359,23 @@ impl Worker {
                 // Biased: what was queued before the close is served first.
                 () = closing.cancelled() => return,
             }
+            self.in_hand.send_replace(Some(Instant::now()));
             let requests = batch.len();
             let (done, result) = self.transact(steps(&mut batch), requests).await;
             let failure = result.err();
             for done in done {
                 (done.answer)(failure.clone());
             }
-            if let Some(error @ StorageError::Durability(_)) = &failure {
+            if let Some(error) = failure.as_ref().filter(|error| is_the_end(error)) {
                 return self.fail(error);
             }
             if let Err(error) = self.checkpoint_if_grown().await {
-                match error {
-                    StorageError::Durability(_) => return self.fail(&error),
-                    other => {
-                        tracing::warn!(error = %chain(&other), "could not checkpoint the database");
-                    }
+                if is_the_end(&error) {
+                    return self.fail(&error);
                 }
+                tracing::warn!(error = %chain(&error), "could not checkpoint the database");
             }
+            self.in_hand.send_replace(None);
         }
     }
 
@@ -434,7 +466,11 @@ impl Worker {
     fn fail(&self, error: &StorageError) {
         tracing::error!(
             error = %chain(error),
-            "an fsync failed: what was acknowledged before is safe, nothing more can be; stopping"
+            "{}: what was acknowledged before is safe, nothing more can be; stopping",
+            match error {
+                StorageError::Durability(_) => "an fsync failed",
+                _ => "the thread that writes the database is gone",
+            }
         );
         self.failed.cancel();
     }
@@ -499,6 +535,73 @@ mod tests {
             next_batch(20, requests, ran, Duration::ZERO),
             SMALLEST_BATCH
         );
+    }
+
+    async fn writer(directory: &Path) -> Writer {
+        let path = directory.join("test.db");
+        let options = SqliteConnectOptions::new()
+            .filename(&path)
+            .create_if_missing(true)
+            .journal_mode(sqlx::sqlite::SqliteJournalMode::Wal)
+            .synchronous(sqlx::sqlite::SqliteSynchronous::Full);
+        Writer::open(&path, &options).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_writer_that_panicked_has_failed_and_one_that_was_closed_has_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let lost = writer(directory.path()).await;
+        let answer = lost
+            .write::<(), _>(|_| Box::pin(async { panic!("in a request") }))
+            .await;
+        assert!(matches!(answer, Err(StorageError::Closed)), "{answer:?}");
+        lost.failed().cancelled().await;
+        assert!(matches!(lost.ping().await, Err(StorageError::Closed)));
+
+        let closed = writer(directory.path()).await;
+        closed.ping().await.unwrap();
+        closed.close().await;
+        assert!(!closed.failed().is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn a_transaction_in_hand_is_seen_and_an_empty_one_writes_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let writer = writer(directory.path()).await;
+        let (begun, release) = (
+            Arc::new(tokio::sync::Notify::new()),
+            Arc::new(tokio::sync::Notify::new()),
+        );
+        let (tell, wait) = (begun.clone(), release.clone());
+        let hanging = writer.write(move |_| {
+            Box::pin(async move {
+                tell.notify_one();
+                wait.notified().await;
+                Ok(())
+            })
+        });
+        let look = async {
+            begun.notified().await;
+            let busy = writer.busy_for() > Duration::ZERO;
+            release.notify_one();
+            busy
+        };
+        let (answer, was_busy) = tokio::join!(hanging, look);
+        answer.unwrap();
+        assert!(was_busy);
+        writer
+            .began
+            .clone()
+            .wait_for(Option::is_none)
+            .await
+            .unwrap();
+        let wal = std::fs::metadata(directory.path().join("test.db-wal"));
+        assert_eq!(
+            wal.map_or(0, |wal| wal.len()),
+            0,
+            "an empty transaction wrote"
+        );
+        writer.close().await;
     }
 
     #[test]
