@@ -159,6 +159,24 @@ on_both_engines! {
         assert!(agent.next_of("receipt").await["read_at"].is_string());
     }
 
+    async fn what_cannot_be_read_holds_up_nothing_that_waits_behind_it(db) {
+        let daemon = Settings::new()
+            .env("TIMELINED__DATABASE__URL", &db.url().await)
+            .env("TIMELINED__REALTIME__WINDOW", "4")
+            .start();
+        insert_unreadable(db).await;
+        for number in 0..6 {
+            record(&daemon, CONTACT, &event(&number.to_string())).await;
+        }
+        let mut socket = Socket::authenticated(&daemon.address, &agent("acme")).await;
+        socket.send(&json!({ "type": "subscribe", "contacts": [CONTACT] })).await;
+        for number in 0..6 {
+            let frame = socket.next_of("event").await;
+            assert_eq!(frame["event"]["title"], number.to_string());
+            socket.ack(&[frame["event"]["id"].as_str().unwrap()]).await;
+        }
+    }
+
     async fn what_expires_waiting_is_recorded_as_expired_and_never_as_delivered(db) {
         let daemon = daemon(db).await;
         let mut body = event("soon over");
@@ -218,6 +236,16 @@ async fn what_is_not_acknowledged_comes_again_and_then_the_connection_ends() {
     assert_eq!(socket.next_of("event").await["redelivery"], false);
     assert_eq!(socket.next_of("event").await["redelivery"], true);
     assert_eq!(socket.next_of("bye").await["code"], 4408);
+}
+
+/// A row that the database's checks let through and that is passed over (`docs/sql.md`).
+async fn insert_unreadable(db: &Database) {
+    let flag = db.flag(true);
+    let sql = format!(
+        r#"insert into contact_events (tenant_id, contact_id, event_type, category, source, payload, is_realtime)
+           values ('acme', '{CONTACT}', 'note_added', 'note', 'system', '{{"a":"\ud800"}}', {flag})"#
+    );
+    db.execute(&sql).await.unwrap();
 }
 
 #[tokio::test]

@@ -21,7 +21,7 @@ use super::frames::{AckMode, ClientFrame, Close, DaemonFrame};
 use super::hub::{Ear, Hub, Missed, Published, Push};
 use crate::access::{Access, Identity, Reader};
 use crate::domain::{Clock, ContactId, EventId, format_time};
-use crate::storage::{EventRepository, StorageError};
+use crate::storage::{self, EventRepository, StorageError};
 use crate::telemetry::chain;
 
 /// Contacts that one connection may watch.
@@ -550,7 +550,11 @@ impl Session {
         let (tenant, after) = (&self.reader.tenant, backlog.after);
         let now = self.shared.clock.now();
         let found = if backlog.contacts.is_empty() {
-            Ok(Vec::new())
+            Ok(storage::Backlog {
+                events: Vec::new(),
+                reached: after,
+                is_end: true,
+            })
         } else {
             let contacts = &backlog.contacts;
             self.shared
@@ -562,13 +566,11 @@ impl Session {
             Ok(found) => found,
             Err(error) => return self.put_off(&error),
         };
-        let is_drained = found.len() < window;
-        for undelivered in &found {
+        if let Some(backlog) = self.backlogs.front_mut() {
+            backlog.after = found.reached;
+        }
+        for undelivered in &found.events {
             let published = Arc::new(Published::from(undelivered));
-            if let Some(backlog) = self.backlogs.front_mut() {
-                let after = &mut backlog.after[published.rank];
-                *after = (*after).max(published.seq);
-            }
             let is_seen = undelivered.event.is_visible_to(self.reader.audience, now);
             if is_seen && !self.was_sent(published.id) {
                 self.send_event(published, true).await?;
@@ -579,7 +581,7 @@ impl Session {
             .backlogs
             .front_mut()
             .and_then(|backlog| backlog.confirm.take());
-        if is_drained {
+        if found.is_end {
             self.backlogs.pop_front();
         }
         match confirm {

@@ -216,6 +216,20 @@ pub struct Undelivered {
     pub event: ContactEvent,
 }
 
+/// A part of a backlog.
+///
+/// How far it reaches comes from the outbox's rows, not from the events: one that cannot be read,
+/// or is gone by now, must not end a backlog that goes on behind it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Backlog {
+    /// The events, by priority, then age.
+    pub events: Vec<Undelivered>,
+    /// For each rank, the seq behind which the next part begins.
+    pub reached: [i64; 4],
+    /// Whether nothing waits behind it.
+    pub is_end: bool,
+}
+
 /// A receipt that was recorded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Receipt {
@@ -337,7 +351,7 @@ pub trait EventRepository: Send + Sync + 'static {
 
     /// The backlog of watched contacts: realtime events that wait, unexpired at `now`, by priority,
     /// then age. `after` holds, for each rank, the seq behind which to read. Whoever reads filters
-    /// by audience, so that it can step over what it may not see.
+    /// by audience, so that it can step over what it may not see. At most `limit` are looked at.
     async fn find_undelivered_realtime(
         &self,
         tenant: &TenantId,
@@ -345,7 +359,7 @@ pub trait EventRepository: Send + Sync + 'static {
         after: [i64; 4],
         now: DateTime<Utc>,
         limit: u32,
-    ) -> StorageResult<Vec<Undelivered>>;
+    ) -> StorageResult<Backlog>;
 
     /// The end of the outbox as of now.
     async fn tail_end(&self) -> StorageResult<TailMark>;

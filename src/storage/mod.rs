@@ -19,8 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 pub use error::{StorageError, StorageResult};
 pub use events::{
-    Change, EventRepository, Filter, Idempotency, Key, MAX_EXACT_TOTAL, Page, Position, Receipt,
-    Recording, Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View,
+    Backlog, Change, EventRepository, Filter, Idempotency, Key, MAX_EXACT_TOTAL, Page, Position,
+    Receipt, Recording, Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View,
 };
 pub use exports::{
     ClaimedDelivery, DeliveryOutcome, DeliveryState, Export, ExportDelivery, ExportRequest,

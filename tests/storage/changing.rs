@@ -211,7 +211,7 @@ conformance! {
         given(db, BOTH).await;
         change(db, shown_to(NOBODY), t0()).await;
         assert_eq!(waits_for(db).await, None);
-        let seen = db.events.find_undelivered_realtime(&acme(), &[contact(1)], [0; 4], t0(), 10).await.unwrap();
+        let seen = db.events.find_undelivered_realtime(&acme(), &[contact(1)], [0; 4], t0(), 10).await.unwrap().events;
         assert_eq!(seen, []);
     }
 
@@ -283,7 +283,7 @@ conformance! {
         given(db, AGENT).await;
         deliver(db, t0()).await;
         change(db, shown_to(BOTH), t0()).await;
-        let seen = db.events.find_undelivered_realtime(&acme(), &[contact(1)], [0; 4], t0(), 10).await.unwrap();
+        let seen = db.events.find_undelivered_realtime(&acme(), &[contact(1)], [0; 4], t0(), 10).await.unwrap().events;
         assert_eq!(seen.iter().map(|undelivered| undelivered.event.id).collect::<Vec<_>>(), [id(1)]);
     }
 

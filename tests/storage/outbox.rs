@@ -40,6 +40,7 @@ async fn backlog(
         .find_undelivered_realtime(&acme(), contacts, after, t0(), limit)
         .await
         .unwrap()
+        .events
 }
 
 /// Eight events of contact 1 whose priorities repeat low, normal, high, urgent, one save each.
@@ -125,7 +126,7 @@ conformance! {
         assert_eq!(seen(t0()).await, 1);
         assert_eq!(seen(t0() + MICRO).await, 0);
         let in_backlog = async |now| {
-            db.events.find_undelivered_realtime(&acme(), &[contact(1)], [0; 4], now, 10).await.unwrap().len()
+            db.events.find_undelivered_realtime(&acme(), &[contact(1)], [0; 4], now, 10).await.unwrap().events.len()
         };
         assert_eq!(in_backlog(t0()).await, 1);
         assert_eq!(in_backlog(t0() + MICRO).await, 0);
@@ -188,6 +189,24 @@ conformance! {
             found.extend(ids(&part));
         }
         assert_eq!(found, [4, 8, 3, 7, 2, 6, 1, 5].map(id));
+    }
+
+    async fn what_cannot_be_read_or_is_gone_does_not_end_the_backlog(db) {
+        db.given(&acme(), (1..=6).map(|n| event().id(id(n)).realtime().recorded())).await;
+        let seqs = db.ints("select seq from event_outbox order by seq").await;
+        // A payload that the checks let through, and an outbox row whose event is gone.
+        let lone = r#"{"a":"\ud800"}"#;
+        db.execute(&format!("update contact_events set payload = '{lone}' where id = '{}'", id(1))).await.unwrap();
+        db.execute(&format!("update event_outbox set event_id = '{}' where event_id = '{}'", id(99), id(2))).await.unwrap();
+        let read = async |after, limit| {
+            db.events.find_undelivered_realtime(&acme(), &[contact(1)], [0, 0, after, 0], t0(), limit).await.unwrap()
+        };
+        let first = read(0, 2).await;
+        assert_eq!((&first.events, first.reached, first.is_end), (&vec![], [0, 0, seqs[1], 0], false));
+        let second = read(seqs[1], 3).await;
+        assert_eq!((ids(&second.events), second.reached[2], second.is_end), ([3, 4, 5].map(id).to_vec(), seqs[4], false));
+        let third = read(seqs[4], 3).await;
+        assert_eq!((ids(&third.events), third.reached[2], third.is_end), (vec![id(6)], seqs[5], true));
     }
 
     async fn an_urgent_event_that_comes_later_is_read_although_the_lower_ranks_are_far(db) {

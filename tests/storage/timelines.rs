@@ -404,7 +404,7 @@ conformance! {
                 events.find_by_type_since(&tenant, &event_types::NOTE_ADDED, t0(), agents(), ALL).await.unwrap().events,
                 events.find_by_category_since(&tenant, Category::Note, t0(), agents(), ALL).await.unwrap().events,
                 events.find_undelivered_for_contact(&tenant, contact(1), agents(), ALL).await.unwrap().events,
-                events.find_undelivered_realtime(&tenant, &[contact(1)], [0; 4], t0(), 10).await.unwrap()
+                events.find_undelivered_realtime(&tenant, &[contact(1)], [0; 4], t0(), 10).await.unwrap().events
                     .into_iter().map(|undelivered| undelivered.event).collect(),
                 events.find_expired_before(&tenant, late, 10).await.unwrap(),
             ];

@@ -14,9 +14,10 @@ use crate::domain::{
     TenantId,
 };
 use crate::storage::events::{
-    Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, Idempotency, KnownKey, MAX_EXACT_TOTAL,
-    Page, Receipt, Recording, Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View,
-    audit_change, bounds, claims, first_key, judge, last_key, pending_after, unused_keys,
+    Backlog, Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, Idempotency, KnownKey,
+    MAX_EXACT_TOTAL, Page, Receipt, Recording, Saved, Slice, Tail, TailEntry, TailMark,
+    Undelivered, View, audit_change, bounds, claims, first_key, judge, last_key, pending_after,
+    unused_keys,
 };
 use crate::storage::rows::{self, Columns};
 use crate::storage::{StorageError, StorageResult};
@@ -313,42 +314,65 @@ impl EventRepository for PgStorage {
         after: [i64; 4],
         now: DateTime<Utc>,
         limit: u32,
-    ) -> StorageResult<Vec<Undelivered>> {
+    ) -> StorageResult<Backlog> {
         let contacts = set(contacts, ContactId::uuid);
-        let mut found = Vec::new();
+        let (mut waiting, mut reached) = (Vec::<Uuid>::new(), after);
         // Rank by rank: one query ordered across ranks would sort every waiting row.
-        for (rank, after) in (0_i16..).zip(after) {
-            let wanted = i64::from(limit) - i64::try_from(found.len()).unwrap_or(i64::MAX);
+        for (rank, after) in after.into_iter().enumerate() {
+            let wanted = i64::from(limit) - i64::try_from(waiting.len()).unwrap_or(i64::MAX);
             if wanted <= 0 {
                 break;
             }
             // The lateral join gives each contact's first rows by index.
-            let rows = sqlx::query(concat!(
-                "select o.seq, o.rank, ", event_columns!(), "
-                 from (select o.seq, o.rank, o.tenant_id, o.event_id
-                       from (select distinct unnest($2::uuid[])) c (contact_id)
-                       cross join lateral (
-                           select i.seq, i.rank, i.tenant_id, i.event_id from event_outbox i
-                           where i.tenant_id = $1 and i.contact_id = c.contact_id and i.rank = $3 and i.seq > $4
-                             and (i.expires_at is null or i.expires_at > $5)
-                           order by i.seq
-                           limit $6) o
-                       order by o.seq
-                       limit $6) o
-                 join timeline_events e on e.tenant_id = o.tenant_id and e.id = o.event_id
-                 order by o.seq"
-            ))
+            let rows: Vec<(i64, Uuid)> = sqlx::query_as(
+                "select o.seq, o.event_id
+                 from (select distinct unnest($2::uuid[])) c (contact_id)
+                 cross join lateral (
+                     select i.seq, i.event_id from event_outbox i
+                     where i.tenant_id = $1 and i.contact_id = c.contact_id and i.rank = $3 and i.seq > $4
+                       and (i.expires_at is null or i.expires_at > $5)
+                     order by i.seq
+                     limit $6) o
+                 order by o.seq
+                 limit $6",
+            )
             .bind(tenant.as_str())
             .bind(&contacts)
-            .bind(rank)
+            .bind(i16::try_from(rank).unwrap_or(3))
             .bind(after)
             .bind(now)
             .bind(wanted)
             .fetch_all(&self.foreground)
             .await?;
-            found.extend(rows::undelivered(&rows));
+            if let Some((last, _)) = rows.last() {
+                reached[rank] = *last;
+            }
+            waiting.extend(rows.into_iter().map(|(_, id)| id));
         }
-        Ok(found)
+        let is_end = waiting.len() < limit as usize;
+        let events = if waiting.is_empty() {
+            Vec::new()
+        } else {
+            let rows = sqlx::query(concat!(
+                "select o.seq, o.rank, ",
+                event_columns!(),
+                "
+                 from event_outbox o
+                 join timeline_events e on e.tenant_id = o.tenant_id and e.id = o.event_id
+                 where o.tenant_id = $1 and o.event_id = any($2)
+                 order by o.rank, o.seq"
+            ))
+            .bind(tenant.as_str())
+            .bind(waiting)
+            .fetch_all(&self.foreground)
+            .await?;
+            rows::undelivered(&rows)
+        };
+        Ok(Backlog {
+            events,
+            reached,
+            is_end,
+        })
     }
 
     async fn tail_end(&self) -> StorageResult<TailMark> {

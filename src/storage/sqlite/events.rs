@@ -15,9 +15,10 @@ use crate::domain::{
     Audience, Category, ContactEvent, ContactId, EventId, EventType, SessionId, Subject, TenantId,
 };
 use crate::storage::events::{
-    Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, Idempotency, KnownKey, MAX_EXACT_TOTAL,
-    Page, Receipt, Recording, Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View,
-    audit_change, bounds, claims, first_key, judge, last_key, pending_after, unused_keys,
+    Backlog, Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, Idempotency, KnownKey,
+    MAX_EXACT_TOTAL, Page, Receipt, Recording, Saved, Slice, Tail, TailEntry, TailMark,
+    Undelivered, View, audit_change, bounds, claims, first_key, judge, last_key, pending_after,
+    unused_keys,
 };
 use crate::storage::rows::{self, Columns};
 use crate::storage::{StorageError, StorageResult};
@@ -312,42 +313,65 @@ impl EventRepository for SqliteStorage {
         after: [i64; 4],
         now: DateTime<Utc>,
         limit: u32,
-    ) -> StorageResult<Vec<Undelivered>> {
+    ) -> StorageResult<Backlog> {
         let contacts = set(contacts);
-        let mut found = Vec::new();
+        let (mut waiting, mut reached) = (Vec::<String>::new(), after);
         // Rank by rank: one query ordered across ranks would sort every waiting row.
-        for (rank, after) in (0_i64..).zip(after) {
-            let wanted = i64::from(limit) - i64::try_from(found.len()).unwrap_or(i64::MAX);
+        for (rank, after) in after.into_iter().enumerate() {
+            let wanted = i64::from(limit) - i64::try_from(waiting.len()).unwrap_or(i64::MAX);
             if wanted <= 0 {
                 break;
             }
             // SQLite has no lateral join: the inner query gives each contact's first rows by index.
-            let rows = sqlx::query(concat!(
-                "select o.seq, o.rank, ", event_columns!(), "
-                 from (select o.seq, o.rank, o.tenant_id, o.event_id
-                       from (select distinct value from json_each($2)) c
-                       join event_outbox o on o.added in (
-                           select i.added from event_outbox i
-                           where i.tenant_id = $1 and i.contact_id = c.value and i.rank = $3 and i.seq > $4
-                             and (i.expires_at is null or i.expires_at > $5)
-                           order by i.seq
-                           limit $6)
-                       order by o.seq
-                       limit $6) o
-                 join timeline_events e on e.tenant_id = o.tenant_id and e.id = o.event_id
-                 order by o.seq"
-            ))
+            let rows: Vec<(i64, String)> = sqlx::query_as(
+                "select o.seq, o.event_id
+                 from (select distinct value from json_each($2)) c
+                 join event_outbox o on o.added in (
+                     select i.added from event_outbox i
+                     where i.tenant_id = $1 and i.contact_id = c.value and i.rank = $3 and i.seq > $4
+                       and (i.expires_at is null or i.expires_at > $5)
+                     order by i.seq
+                     limit $6)
+                 order by o.seq
+                 limit $6",
+            )
             .bind(tenant.as_str())
             .bind(&contacts)
-            .bind(rank)
+            .bind(i64::try_from(rank).unwrap_or(3))
             .bind(after)
             .bind(at(now))
             .bind(wanted)
             .fetch_all(&self.readers)
             .await?;
-            found.extend(rows::undelivered(&rows));
+            if let Some((last, _)) = rows.last() {
+                reached[rank] = *last;
+            }
+            waiting.extend(rows.into_iter().map(|(_, id)| id));
         }
-        Ok(found)
+        let is_end = waiting.len() < limit as usize;
+        let events = if waiting.is_empty() {
+            Vec::new()
+        } else {
+            let rows = sqlx::query(concat!(
+                "select o.seq, o.rank, ",
+                event_columns!(),
+                "
+                 from event_outbox o
+                 join timeline_events e on e.tenant_id = o.tenant_id and e.id = o.event_id
+                 where o.tenant_id = $1 and o.event_id in (select value from json_each($2))
+                 order by o.rank, o.seq"
+            ))
+            .bind(tenant.as_str())
+            .bind(set(&waiting))
+            .fetch_all(&self.readers)
+            .await?;
+            rows::undelivered(&rows)
+        };
+        Ok(Backlog {
+            events,
+            reached,
+            is_end,
+        })
     }
 
     async fn tail_end(&self) -> StorageResult<TailMark> {
