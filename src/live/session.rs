@@ -34,8 +34,14 @@ const AUTH_TIME: Duration = Duration::from_secs(10);
 const SEND_TIME: Duration = Duration::from_secs(30);
 /// Pushes that may wait for a session; more are read from the store.
 const PUSHES: usize = 256;
-/// Events that a session remembers as sent: more than a window and the pushes that may wait.
-const RECENT: usize = 1024;
+/// Events of a backlog that are read at a time: an event may have 160 KB, and a window 10,000.
+const READ: usize = 64;
+/// Where less than that fits, how long the next read waits for acknowledgements: a client that
+/// acknowledges one by one does not cost a query each, and one that waits for more before it
+/// acknowledges does not wait for long.
+const READ_PAUSE: Duration = Duration::from_millis(50);
+/// Subscriptions that may wait to be confirmed; each holds a frame's worth of memory.
+const MAX_UNCONFIRMED: usize = 16;
 /// Between two looks at what was not acknowledged and whether the token is over.
 const TICK: Duration = Duration::from_secs(1);
 /// How long after `bye` a client waits at least, and the spread that keeps all from coming at once.
@@ -82,19 +88,29 @@ struct Open {
 /// The events that were sent last. A push may come behind the store's copy of the same event, even
 /// after its acknowledgement; it is known by its id, since on PostgreSQL a late commit has a lower
 /// seq than what was sent before.
-#[derive(Default)]
 struct Recent {
+    capacity: usize,
     order: VecDeque<EventId>,
     ids: HashSet<EventId>,
 }
 
 impl Recent {
+    /// Remembers what a window and the pushes that may wait hold, and as much again for those that
+    /// the pump has read but not yet handed over.
+    fn new(window: usize) -> Self {
+        Self {
+            capacity: 2 * (window + PUSHES),
+            order: VecDeque::new(),
+            ids: HashSet::new(),
+        }
+    }
+
     fn insert(&mut self, id: EventId) {
         if !self.ids.insert(id) {
             return;
         }
         self.order.push_back(id);
-        if self.order.len() > RECENT
+        if self.order.len() > self.capacity
             && let Some(oldest) = self.order.pop_front()
         {
             self.ids.remove(&oldest);
@@ -106,12 +122,38 @@ impl Recent {
     }
 }
 
-/// Contacts whose backlog is being read, and how far.
+/// Waiting events that are being read, and how far.
 struct Backlog {
-    contacts: Vec<ContactId>,
+    of: BacklogOf,
+    /// For each rank the seq behind which to read on.
     after: [i64; 4],
-    /// The contacts to be confirmed once nothing of them can be missed.
-    confirm: Option<(Vec<ContactId>, Vec<String>)>,
+    /// How many events were read.
+    read: usize,
+}
+
+/// Whose events a backlog has.
+enum BacklogOf {
+    /// Those of a subscription's contacts, from the beginning.
+    Subscription {
+        contacts: Vec<ContactId>,
+        /// What to confirm once the first window is read: granted and denied.
+        confirm: Option<(Vec<ContactId>, Vec<String>)>,
+    },
+    /// Those of all that is watched, from where on the session missed something live. There is at
+    /// most one: whatever is missed is merged into it.
+    CatchUp,
+}
+
+impl Backlog {
+    fn is_unconfirmed(&self) -> bool {
+        matches!(
+            self.of,
+            BacklogOf::Subscription {
+                confirm: Some(_),
+                ..
+            }
+        )
+    }
 }
 
 /// One connection.
@@ -125,14 +167,13 @@ pub struct Session {
     ack: AckMode,
     open: HashMap<EventId, Open>,
     recent: Recent,
-    /// For each rank, the newest seq that was sent.
-    position: [i64; 4],
     backlogs: VecDeque<Backlog>,
-    /// When the backlog may be read again after the database was away.
+    /// When the backlog may be read again: later where the database was away.
     backlog_at: Instant,
     missed: Arc<Missed>,
     ear: mpsc::Sender<Push>,
     pushes: mpsc::Receiver<Push>,
+    last_read: Instant,
     last_ack: Instant,
 }
 
@@ -167,13 +208,13 @@ impl Session {
                     watched: HashSet::new(),
                     ack: AckMode::Client,
                     open: HashMap::new(),
-                    recent: Recent::default(),
-                    position: [0; 4],
+                    recent: Recent::new(shared.window),
                     backlogs: VecDeque::new(),
                     backlog_at: now,
                     missed: Arc::default(),
                     ear,
                     pushes,
+                    last_read: now,
                     last_ack: now,
                 };
                 let end = session.run().await;
@@ -202,10 +243,11 @@ impl Session {
         let stop = self.shared.stop.clone();
         loop {
             let reads_backlog = !self.backlogs.is_empty() && self.window_left() > 0;
+            let next_read = self.next_read();
             tokio::select! {
                 frame = self.socket.recv() => self.receive(frame).await?,
                 Some(push) = self.pushes.recv() => self.take(push).await?,
-                () = tokio::time::sleep_until(self.backlog_at), if reads_backlog => self.read_backlog().await?,
+                () = tokio::time::sleep_until(next_read), if reads_backlog => self.read_backlog().await?,
                 _ = tick.tick() => self.tick().await?,
                 () = stop.cancelled() => return Err(End::Close(Close::ShuttingDown)),
             }
@@ -230,32 +272,39 @@ impl Session {
         self.shared.window.saturating_sub(self.open.len())
     }
 
+    /// When the backlog is to be read next.
+    fn next_read(&self) -> Instant {
+        let worthwhile = READ.min(self.shared.window / 2);
+        if self.open.is_empty() || self.window_left() >= worthwhile {
+            self.backlog_at
+        } else {
+            self.backlog_at.max(self.last_read + READ_PAUSE)
+        }
+    }
+
     /// What the hub could not hand over is read from the store.
     fn note_missed(&mut self) {
         if let Some(missed) = self.missed.take() {
-            let after =
-                std::array::from_fn(|rank| self.position[rank].min(missed[rank].saturating_sub(1)));
-            self.catch_up(after);
+            self.catch_up(missed.map(|seq| seq.saturating_sub(1)));
         }
     }
 
     /// Reads all that is watched from the store, behind `after`.
     fn catch_up(&mut self, after: [i64; 4]) {
-        if let Some(waiting) = self
+        let waiting = self
             .backlogs
             .iter_mut()
-            .find(|backlog| backlog.confirm.is_none())
-        {
+            .find(|backlog| matches!(backlog.of, BacklogOf::CatchUp));
+        if let Some(waiting) = waiting {
             for (rank, seq) in after.into_iter().enumerate() {
                 waiting.after[rank] = waiting.after[rank].min(seq);
             }
             return;
         }
-        let contacts = self.watched.iter().copied().collect();
         self.backlogs.push_back(Backlog {
-            contacts,
+            of: BacklogOf::CatchUp,
             after,
-            confirm: None,
+            read: 0,
         });
     }
 
@@ -345,6 +394,21 @@ impl Session {
                 .await?;
             return Err(End::Close(Close::TooMuch));
         }
+        let unconfirmed = self
+            .backlogs
+            .iter()
+            .filter(|backlog| backlog.is_unconfirmed());
+        if unconfirmed.count() >= MAX_UNCONFIRMED {
+            let detail = format!("at most {MAX_UNCONFIRMED} subscriptions wait to be confirmed");
+            self.refuse(
+                "too-many-subscriptions",
+                "Too many subscriptions",
+                429,
+                detail,
+            )
+            .await?;
+            return Err(End::Close(Close::TooMuch));
+        }
         self.ack = ack;
         let ear = Ear {
             connection: self.connection,
@@ -356,11 +420,14 @@ impl Session {
         self.shared.hub.watch(&self.reader.tenant, &new, &ear);
         self.watched.extend(&new);
         self.backlogs.push_back(Backlog {
-            contacts: new,
+            of: BacklogOf::Subscription {
+                contacts: new,
+                confirm: Some((granted, denied)),
+            },
             after: [0; 4],
-            confirm: Some((granted, denied)),
+            read: 0,
         });
-        Ok(())
+        self.confirm().await
     }
 
     fn unsubscribe(&mut self, contacts: &[String]) {
@@ -380,11 +447,17 @@ impl Session {
         }
         self.open
             .retain(|_, open| !contacts.contains(&open.published.contact_id));
-        for backlog in &mut self.backlogs {
-            backlog
-                .contacts
-                .retain(|contact| !contacts.contains(contact));
-        }
+        self.backlogs.retain_mut(|backlog| match &mut backlog.of {
+            BacklogOf::Subscription {
+                contacts: waiting,
+                confirm,
+            } => {
+                waiting.retain(|contact| !contacts.contains(contact));
+                // Else subscribing and unsubscribing in turn would fill the queue.
+                confirm.is_some() || !waiting.is_empty()
+            }
+            BacklogOf::CatchUp => true,
+        });
     }
 
     /// Parses ids; one that is none is told and ends the connection, since the client is broken.
@@ -515,8 +588,6 @@ impl Session {
         };
         send(&mut self.socket, &frame).await?;
         self.recent.insert(published.id);
-        let position = &mut self.position[published.rank];
-        *position = (*position).max(published.seq);
         match self.ack {
             AckMode::Auto => {
                 self.open.remove(&published.id);
@@ -542,58 +613,93 @@ impl Session {
 
     /// Reads the next part of the first backlog, as much as the window takes.
     async fn read_backlog(&mut self) -> Result<(), End> {
-        let window = self.window_left();
+        let limit = self.window_left().min(READ);
         let Some(backlog) = self.backlogs.front() else {
             return Ok(());
         };
-        let limit = u32::try_from(window).unwrap_or(u32::MAX);
+        let all: Vec<ContactId>;
+        let contacts = match &backlog.of {
+            BacklogOf::Subscription { contacts, .. } => contacts,
+            BacklogOf::CatchUp => {
+                all = self.watched.iter().copied().collect();
+                &all
+            }
+        };
         let (tenant, after) = (&self.reader.tenant, backlog.after);
         let now = self.shared.clock.now();
-        let found = if backlog.contacts.is_empty() {
+        let found = if contacts.is_empty() {
             Ok(storage::Backlog {
                 events: Vec::new(),
                 reached: after,
                 is_end: true,
             })
         } else {
-            let contacts = &backlog.contacts;
+            let limit = u32::try_from(limit).unwrap_or(u32::MAX);
             self.shared
                 .events
                 .find_undelivered_realtime(tenant, contacts, after, now, limit)
                 .await
         };
+        self.last_read = Instant::now();
         let found = match found {
             Ok(found) => found,
             Err(error) => return self.put_off(&error),
         };
         if let Some(backlog) = self.backlogs.front_mut() {
             backlog.after = found.reached;
+            backlog.read += limit;
         }
         for undelivered in &found.events {
-            let published = Arc::new(Published::from(undelivered));
             let is_seen = undelivered.event.is_visible_to(self.reader.audience, now);
-            if is_seen && !self.was_sent(published.id) {
+            if is_seen && !self.was_sent(undelivered.event.id) {
+                let published = Arc::new(Published::from(undelivered));
                 self.send_event(published, true).await?;
             }
         }
-        // Confirmed after the first window: from here on nothing of these contacts can be missed.
-        let confirm = self
-            .backlogs
-            .front_mut()
-            .and_then(|backlog| backlog.confirm.take());
-        if found.is_end {
-            self.backlogs.pop_front();
+        self.confirm().await?;
+        if found.is_end
+            && let Some(Backlog {
+                of: BacklogOf::Subscription { confirm, .. },
+                ..
+            }) = self.backlogs.pop_front()
+        {
+            self.send_confirmation(confirm).await?;
         }
-        match confirm {
-            Some((contacts, denied)) => {
-                let frame = DaemonFrame::Subscribed {
-                    contacts: &contacts,
-                    denied: &denied,
-                };
-                send(&mut self.socket, &frame).await
+        Ok(())
+    }
+
+    /// Confirms subscriptions whose first window was read. Where the window is full, whoever sent
+    /// it, that is all of them: they are registered with the hub, so that nothing can be missed, and
+    /// a client that waits for the confirmation before it acknowledges must not wait for ever.
+    async fn confirm(&mut self) -> Result<(), End> {
+        let (window, is_full) = (self.shared.window, self.window_left() == 0);
+        for index in 0..self.backlogs.len() {
+            if let Some(Backlog {
+                of: BacklogOf::Subscription { confirm, .. },
+                read,
+                ..
+            }) = self.backlogs.get_mut(index)
+                && (is_full || *read >= window)
+            {
+                let confirm = confirm.take();
+                self.send_confirmation(confirm).await?;
             }
-            None => Ok(()),
         }
+        Ok(())
+    }
+
+    async fn send_confirmation(
+        &mut self,
+        confirm: Option<(Vec<ContactId>, Vec<String>)>,
+    ) -> Result<(), End> {
+        let Some((contacts, denied)) = confirm else {
+            return Ok(());
+        };
+        let frame = DaemonFrame::Subscribed {
+            contacts: &contacts,
+            denied: &denied,
+        };
+        send(&mut self.socket, &frame).await
     }
 
     fn put_off(&mut self, error: &StorageError) -> Result<(), End> {
