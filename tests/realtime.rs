@@ -370,3 +370,21 @@ async fn sockets_are_told_when_the_daemon_stops() {
     assert!(bye["retry_ms"].as_u64().unwrap() >= 500);
     assert!(daemon.wait(Duration::from_secs(20)).success());
 }
+
+#[tokio::test]
+async fn a_client_that_does_not_read_does_not_hold_up_the_stop() {
+    let mut daemon = TestDaemon::start();
+    // Opened first, so that it is handed each event before the other.
+    let _stalled = watch(&daemon).await;
+    let mut reader = watch(&daemon).await;
+    let mut body = event("large");
+    body["payload"] = json!({ "text": "x".repeat(60_000) });
+    // More than the buffers of both ends of the stalled one take.
+    for _ in 0..200 {
+        record(&daemon, CONTACT, &body).await;
+        let id = reader.next_of("event").await["event"]["id"].clone();
+        reader.ack(&[id.as_str().unwrap()]).await;
+    }
+    daemon.signal("TERM");
+    assert!(daemon.wait(Duration::from_secs(6)).success());
+}

@@ -32,6 +32,8 @@ const MAX_IDS: usize = 1000;
 const AUTH_TIME: Duration = Duration::from_secs(10);
 /// A socket that does not take a frame for so long is given up.
 const SEND_TIME: Duration = Duration::from_secs(30);
+/// How long saying goodbye may take: a stopping daemon waits for no client that does not read.
+const BYE_TIME: Duration = Duration::from_secs(2);
 /// Pushes that may wait for a session; more are read from the store.
 const PUSHES: usize = 256;
 /// Events of a backlog that are read at a time: an event may have 160 KB, and a window 10,000.
@@ -230,9 +232,15 @@ impl Session {
     }
 
     async fn run(&mut self) -> End {
-        match self.converse().await {
-            Err(end) => end,
-            Ok(never) => match never {},
+        let stop = self.shared.stop.clone();
+        // Raced as a whole, since it may be waiting for a socket that takes nothing, or for the
+        // database. What is lost by that is an acknowledgement at most: the event comes again.
+        tokio::select! {
+            ended = self.converse() => match ended {
+                Err(end) => end,
+                Ok(never) => match never {},
+            },
+            () = stop.cancelled() => End::Close(Close::ShuttingDown),
         }
     }
 
@@ -240,7 +248,6 @@ impl Session {
         self.welcome().await?;
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let stop = self.shared.stop.clone();
         loop {
             let reads_backlog = !self.backlogs.is_empty() && self.window_left() > 0;
             let next_read = self.next_read();
@@ -249,7 +256,6 @@ impl Session {
                 Some(push) = self.pushes.recv() => self.take(push).await?,
                 () = tokio::time::sleep_until(next_read), if reads_backlog => self.read_backlog().await?,
                 _ = tick.tick() => self.tick().await?,
-                () = stop.cancelled() => return Err(End::Close(Close::ShuttingDown)),
             }
             self.note_missed();
         }
@@ -812,12 +818,16 @@ async fn bye(socket: &mut WebSocket, end: &End) {
         code: close.code(),
         retry_ms,
     };
-    if send(socket, &frame).await.is_ok() {
-        let frame = CloseFrame {
-            code: close.code(),
-            reason: close.reason().into(),
-        };
-        // The client may be gone by now; there is nobody to tell.
-        drop(tokio::time::timeout(SEND_TIME, socket.send(Message::Close(Some(frame)))).await);
-    }
+    let goodbye = async {
+        if send(socket, &frame).await.is_ok() {
+            let frame = CloseFrame {
+                code: close.code(),
+                reason: close.reason().into(),
+            };
+            // The client may be gone by now; there is nobody to tell.
+            drop(socket.send(Message::Close(Some(frame))).await);
+        }
+    };
+    // The same for one that does not read.
+    drop(tokio::time::timeout(BYE_TIME, goodbye).await);
 }
