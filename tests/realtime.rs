@@ -9,8 +9,11 @@ mod support;
 
 use std::time::{Duration, Instant};
 
+use reqwest::Method;
 use serde_json::{Value, json};
-use support::daemon::{Settings, TestDaemon, agent, client, eventually, service};
+use support::daemon::{
+    Settings, TestDaemon, agent, answer, client, eventually, service, token_until,
+};
 use support::database::{Database, Engine};
 use support::socket::Socket;
 use tokio_tungstenite::tungstenite::Message;
@@ -76,6 +79,33 @@ async fn insert_by_sql(db: &Database) {
          values ('acme', '{CONTACT}', 'note_added', 'note', 'system', 'by SQL', {flag})"
     );
     db.execute(&sql).await.unwrap();
+}
+
+async fn impatient(db: &Database) -> TestDaemon {
+    Settings::new()
+        .env("TIMELINED__DATABASE__URL", &db.url().await)
+        .env("TIMELINED__REALTIME__ACK_TIMEOUT", "1s")
+        .start()
+}
+
+fn id(event: &Value) -> &str {
+    event["id"].as_str().unwrap()
+}
+
+async fn delete(daemon: &TestDaemon, event: &Value) {
+    let path = format!("/api/v1/contact-events/{}", id(event));
+    let (status, _) = answer(daemon.request(Method::DELETE, &path, &service("acme"))).await;
+    assert_eq!(status, 204);
+}
+
+/// Until the later event comes again, nothing may be heard of the earlier one, which is as due.
+async fn only_the_later_comes_again(socket: &mut Socket, later: &Value) {
+    assert_eq!(socket.next().await["event"]["id"], later["id"]);
+    let again = socket.next().await;
+    assert_eq!(
+        (&again["event"]["id"], &again["redelivery"]),
+        (&later["id"], &json!(true))
+    );
 }
 
 on_both_engines! {
@@ -190,6 +220,78 @@ on_both_engines! {
         assert_eq!(db.count("event_outbox").await, 0);
         assert_eq!(db.count("event_deliveries where outcome = 'delivered'").await, 0);
     }
+
+    async fn what_is_deleted_while_watched_is_told_and_does_not_come_again(db) {
+        let daemon = impatient(db).await;
+        let mut socket = watch(&daemon).await;
+        let event_1 = record(&daemon, CONTACT, &event("1")).await;
+        assert_eq!(socket.next_of("event").await["event"]["id"], event_1["id"]);
+        delete(&daemon, &event_1).await;
+        let removed = json!({ "type": "removed", "event_id": event_1["id"], "contact_id": CONTACT });
+        assert_eq!(socket.next().await, removed);
+        let event_2 = record(&daemon, CONTACT, &event("2")).await;
+        only_the_later_comes_again(&mut socket, &event_2).await;
+    }
+
+    async fn what_another_program_deleted_is_told_instead_of_coming_again(db) {
+        let daemon = impatient(db).await;
+        let mut socket = watch(&daemon).await;
+        let event_1 = record(&daemon, CONTACT, &event("1")).await;
+        assert_eq!(socket.next_of("event").await["event"]["id"], event_1["id"]);
+        db.execute(&format!("delete from contact_events where id = '{}'", id(&event_1))).await.unwrap();
+        let removed = json!({ "type": "removed", "event_id": event_1["id"], "contact_id": CONTACT });
+        assert_eq!(socket.next().await, removed);
+        let event_2 = record(&daemon, CONTACT, &event("2")).await;
+        only_the_later_comes_again(&mut socket, &event_2).await;
+    }
+
+    async fn each_contact_counts_as_delivered_as_its_subscription_said(db) {
+        let daemon = daemon(db).await;
+        let mut socket = Socket::authenticated(&daemon.address, &agent("acme")).await;
+        socket.subscribe(&[CONTACT], "client").await;
+        socket.subscribe(&[OTHER], "auto").await;
+        let by_ack = record(&daemon, CONTACT, &event("by ack")).await;
+        assert_eq!(socket.next().await["event"]["id"], by_ack["id"]);
+        let by_itself = record(&daemon, OTHER, &event("by itself")).await;
+        assert_eq!(socket.next().await["event"]["id"], by_itself["id"]);
+        let patience = Duration::from_secs(5);
+        let one_waits = async || db.count("event_outbox").await == 1;
+        eventually("the one is delivered by itself", patience, one_waits).await;
+        assert_eq!(undelivered(&daemon).await.len(), 1);
+        socket.ack(&[id(&by_ack)]).await;
+        eventually("the other by the ack", patience, async || db.count("event_outbox").await == 0).await;
+    }
+
+    async fn receipts_over_http_reach_those_who_watch(db) {
+        let daemon = daemon(db).await;
+        let mut socket = watch(&daemon).await;
+        let event = record(&daemon, CONTACT, &event("seen elsewhere")).await;
+        assert_eq!(socket.next().await["event"]["id"], event["id"]);
+        for (action, told, other) in [
+            ("mark-read", "read_at", "delivered_at"),
+            ("mark-delivered", "delivered_at", "read_at"),
+        ] {
+            let path = format!("/api/v1/contact-events/{}/{action}", id(&event));
+            let (status, answer) = daemon.post(&path, &agent("acme"), &json!({})).await;
+            assert_eq!(status, 200, "{answer}");
+            let receipt = socket.next().await;
+            assert_eq!(receipt["type"], "receipt");
+            assert_eq!((&receipt["event_id"], &receipt["contact_id"]), (&event["id"], &json!(CONTACT)));
+            assert_eq!((&receipt[told], &receipt[other]), (&answer[told], &Value::Null));
+        }
+    }
+
+    async fn what_nobody_may_see_waits_for_nobody(db) {
+        let daemon = daemon(db).await;
+        let mut socket = watch(&daemon).await;
+        let mut body = event("for nobody");
+        body["visible_to_agent"] = json!(false);
+        record(&daemon, CONTACT, &body).await;
+        assert_eq!(db.count("event_outbox").await, 0);
+        assert_eq!(undelivered(&daemon).await, Vec::<Value>::new());
+        let event = record(&daemon, CONTACT, &event("for agents")).await;
+        assert_eq!(socket.next().await["event"]["id"], event["id"]);
+    }
 }
 
 #[tokio::test]
@@ -212,13 +314,7 @@ async fn bad_frames_end_the_connection_with_the_written_code() {
     for (message, code) in cases {
         let mut socket = Socket::authenticated(&daemon.address, &agent("acme")).await;
         socket.send_raw(message.clone()).await;
-        let closed = loop {
-            match socket.try_next().await {
-                Ok(_told) => {}
-                Err(code) => break code,
-            }
-        };
-        assert_eq!(closed, Some(code), "{message:?}");
+        assert_eq!(socket.closed().await, Some(code), "{message:?}");
     }
     let mut socket = Socket::open(&daemon.address).await;
     socket.send(&json!({ "type": "ping" })).await;
@@ -387,4 +483,137 @@ async fn a_client_that_does_not_read_does_not_hold_up_the_stop() {
     }
     daemon.signal("TERM");
     assert!(daemon.wait(Duration::from_secs(6)).success());
+}
+
+#[tokio::test]
+async fn what_is_not_watched_any_more_is_not_sent() {
+    let daemon = TestDaemon::start();
+    let mut socket = Socket::authenticated(&daemon.address, &agent("acme")).await;
+    socket.subscribe(&[CONTACT, OTHER], "client").await;
+    socket
+        .send(&json!({ "type": "unsubscribe", "contacts": [CONTACT] }))
+        .await;
+    socket.ping().await;
+    record(&daemon, CONTACT, &event("not watched")).await;
+    let watched = record(&daemon, OTHER, &event("watched")).await;
+    assert_eq!(socket.next().await["event"]["id"], watched["id"]);
+    // It waits for the next subscription.
+    socket
+        .send(&json!({ "type": "subscribe", "contacts": [CONTACT] }))
+        .await;
+    assert_eq!(socket.next().await["event"]["title"], "not watched");
+    assert_eq!(socket.next().await["type"], "subscribed");
+}
+
+#[tokio::test]
+async fn a_newer_token_of_the_same_reader_prolongs_the_connection_and_another_ends_it() {
+    let daemon = TestDaemon::start();
+    let (contact, other) = (CONTACT.parse().unwrap(), OTHER.parse().unwrap());
+    let both = client("acme", &[contact, other]);
+    let mut socket = Socket::authenticated(&daemon.address, &both).await;
+    socket.subscribe(&[CONTACT, OTHER], "client").await;
+    let only_other = client("acme", &[other]);
+    socket
+        .send(&json!({ "type": "auth", "token": only_other }))
+        .await;
+    assert_eq!(socket.next().await["type"], "welcome");
+    let mut body = event("for the client");
+    body["visible_to_client"] = json!(true);
+    record(&daemon, CONTACT, &body).await;
+    let seen = record(&daemon, OTHER, &body).await;
+    assert_eq!(socket.next().await["event"]["id"], seen["id"]);
+    socket
+        .send(&json!({ "type": "subscribe", "contacts": [CONTACT] }))
+        .await;
+    assert_eq!(socket.next().await["denied"], json!([CONTACT]));
+    for token in [agent("acme"), client("globex", &[other])] {
+        let mut socket = Socket::authenticated(&daemon.address, &only_other).await;
+        socket
+            .send(&json!({ "type": "auth", "token": token }))
+            .await;
+        assert_eq!(socket.closed().await, Some(4401));
+    }
+}
+
+#[tokio::test]
+async fn a_connection_ends_with_its_token_unless_a_newer_one_comes() {
+    let daemon = TestDaemon::start();
+    let now = timelined::domain::Clock::now(&timelined::domain::SystemClock);
+    // The leeway of 30 s is nearly over.
+    let nearly_over = token_until(now - chrono::TimeDelta::seconds(26));
+    let mut prolonged = Socket::authenticated(&daemon.address, &nearly_over).await;
+    prolonged
+        .send(&json!({ "type": "auth", "token": agent("acme") }))
+        .await;
+    assert_eq!(prolonged.next().await["type"], "welcome");
+    let mut socket = Socket::authenticated(&daemon.address, &nearly_over).await;
+    assert_eq!(socket.next().await["code"], 4401);
+    assert_eq!(socket.closed().await, Some(4401));
+    prolonged.ping().await;
+}
+
+#[tokio::test]
+async fn a_token_may_be_valid_to_the_end_of_time() {
+    let daemon = Settings::new()
+        .env("TIMELINED__REALTIME__ACK_TIMEOUT", "1s")
+        .start();
+    let end = token_until(chrono::DateTime::<chrono::Utc>::MAX_UTC);
+    let mut socket = Socket::authenticated(&daemon.address, &end).await;
+    socket.subscribe(&[CONTACT], "client").await;
+    record(&daemon, CONTACT, &event("again")).await;
+    // What comes again shows that the connection has looked at its token and lives on.
+    assert_eq!(socket.next().await["redelivery"], false);
+    assert_eq!(socket.next().await["redelivery"], true);
+    socket.ping().await;
+}
+
+#[tokio::test]
+async fn pages_of_other_sites_open_no_sockets_unless_they_are_allowed() {
+    let daemon = Settings::new()
+        .config("[http]\nallowed_origins = [\"https://crm.example.com\"]\n")
+        .start();
+    let own = format!("http://{}", daemon.address);
+    let cases = [
+        (own.as_str(), None),
+        ("https://crm.example.com", None),
+        ("https://crm.example.com.evil.example", Some(403)),
+        ("https://evil.example", Some(403)),
+        ("null", Some(403)),
+    ];
+    for (origin, refused) in cases {
+        let headers = [
+            ("origin", origin),
+            ("sec-websocket-protocol", "timelined.v1"),
+        ];
+        let opened = Socket::try_open(&daemon.address, &headers).await;
+        assert_eq!(opened.err(), refused, "{origin}");
+    }
+}
+
+#[tokio::test]
+async fn the_subprotocol_is_chosen_among_those_that_the_client_names() {
+    let daemon = TestDaemon::start();
+    for named in ["timelined.v1", "timelined.v2, timelined.v1"] {
+        let headers = [("sec-websocket-protocol", named)];
+        let opened = Socket::try_open(&daemon.address, &headers).await;
+        let protocol = opened.map(|(_, protocol)| protocol);
+        assert_eq!(
+            protocol.unwrap().as_deref(),
+            Some("timelined.v1"),
+            "{named}"
+        );
+    }
+    let opened = Socket::try_open(&daemon.address, &[]).await;
+    assert_eq!(opened.map(|(_, protocol)| protocol).unwrap(), None);
+}
+
+#[tokio::test]
+async fn the_handshakes_token_spares_the_first_frame() {
+    let daemon = TestDaemon::start();
+    let bearer = format!("Bearer {}", agent("acme"));
+    let opened = Socket::try_open(&daemon.address, &[("authorization", &bearer)]).await;
+    let mut socket = opened.unwrap().0;
+    assert_eq!(socket.next().await["type"], "welcome");
+    let opened = Socket::try_open(&daemon.address, &[("authorization", "Bearer x")]).await;
+    assert_eq!(opened.err(), Some(401));
 }

@@ -144,7 +144,8 @@ impl Acknowledger {
                 Err(error) => error,
             };
             if !error.is_transient() {
-                // Not acknowledged: the events come again.
+                // The events wait on in the outbox. The connections that acknowledged them count
+                // them as taken; they come again with the next subscription of their contacts.
                 tracing::error!(error = %chain(&error), "could not record acknowledgements");
                 return;
             }

@@ -109,19 +109,26 @@ pub struct Hub {
     open: AtomicU64,
 }
 
+/// A connection that is open; a session that panics ends it too.
+pub(super) struct Connected {
+    pub(super) number: u64,
+    hub: Arc<Hub>,
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.hub.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 impl Hub {
-    /// A number for a new connection.
-    pub(super) fn connect(&self) -> u64 {
+    /// Counts a new connection, until the answer is dropped.
+    pub(super) fn connect(self: &Arc<Self>) -> Connected {
         self.open.fetch_add(1, Ordering::Relaxed);
-        self.connections.fetch_add(1, Ordering::Relaxed) + 1
-    }
-
-    pub(super) fn disconnect(&self, tenant: &TenantId, contacts: &[ContactId], connection: u64) {
-        self.unwatch(tenant, contacts, connection);
-    }
-
-    pub(super) fn closed(&self) {
-        self.open.fetch_sub(1, Ordering::Relaxed);
+        Connected {
+            number: self.connections.fetch_add(1, Ordering::Relaxed) + 1,
+            hub: self.clone(),
+        }
     }
 
     /// How many connections are open.
@@ -248,5 +255,25 @@ impl Hub {
             .get(tenant)
             .and_then(|contacts| contacts.get(&contact));
         ears.into_iter().flatten().for_each(&mut tell);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_that_panics_counts_as_open_no_more() {
+        let hub = Arc::new(Hub::default());
+        let first = hub.connect();
+        let panicked = std::panic::catch_unwind(|| {
+            let second = hub.connect();
+            assert_eq!((second.number, hub.open_connections()), (2, 2));
+            panic!("as a session might");
+        });
+        assert!(panicked.is_err());
+        assert_eq!(hub.open_connections(), 1);
+        drop(first);
+        assert_eq!(hub.open_connections(), 0);
     }
 }

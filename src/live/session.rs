@@ -44,6 +44,8 @@ const READ: usize = 64;
 const READ_PAUSE: Duration = Duration::from_millis(50);
 /// Subscriptions that may wait to be confirmed; each holds a frame's worth of memory.
 const MAX_UNCONFIRMED: usize = 16;
+/// How far the clocks of issuer and daemon may differ, as in `access`.
+const LEEWAY: TimeDelta = TimeDelta::seconds(30);
 /// Between two looks at what was not acknowledged and whether the token is over.
 const TICK: Duration = Duration::from_secs(1);
 /// How long after `bye` a client waits at least, and the spread that keeps all from coming at once.
@@ -165,8 +167,8 @@ pub struct Session {
     connection: u64,
     reader: Reader,
     identity: Identity,
-    watched: HashSet<ContactId>,
-    ack: AckMode,
+    /// What is watched, and how its events count as delivered.
+    watched: HashMap<ContactId, AckMode>,
     open: HashMap<EventId, Open>,
     recent: Recent,
     backlogs: VecDeque<Backlog>,
@@ -186,7 +188,8 @@ impl Session {
         mut socket: WebSocket,
         identity: Option<Identity>,
     ) {
-        let connection = shared.hub.connect();
+        let connected = shared.hub.connect();
+        let connection = connected.number;
         let authenticated = match identity {
             Some(identity) => Ok(identity),
             None => authenticate(&shared, &mut socket).await,
@@ -207,8 +210,7 @@ impl Session {
                     connection,
                     reader,
                     identity,
-                    watched: HashSet::new(),
-                    ack: AckMode::Client,
+                    watched: HashMap::new(),
                     open: HashMap::new(),
                     recent: Recent::new(shared.window),
                     backlogs: VecDeque::new(),
@@ -220,15 +222,19 @@ impl Session {
                     last_ack: now,
                 };
                 let end = session.run().await;
-                let watched: Vec<ContactId> = session.watched.iter().copied().collect();
-                shared
-                    .hub
-                    .disconnect(&session.reader.tenant, &watched, connection);
+                session.leave();
                 bye(&mut session.socket, &end).await;
             }
             Err(end) => bye(&mut socket, &end).await,
         }
-        shared.hub.closed();
+    }
+
+    /// Is handed nothing any more.
+    fn leave(&mut self) {
+        let watched: Vec<ContactId> = self.watched.drain().map(|(contact, _)| contact).collect();
+        self.shared
+            .hub
+            .unwatch(&self.reader.tenant, &watched, self.connection);
     }
 
     async fn run(&mut self) -> End {
@@ -369,7 +375,7 @@ impl Session {
                 // A client that is fewer contacts now no longer watches the others.
                 let lost: Vec<ContactId> = self
                     .watched
-                    .iter()
+                    .keys()
                     .copied()
                     .filter(|contact| !self.reader.may_see(*contact))
                     .collect();
@@ -391,7 +397,7 @@ impl Session {
         }
         let new: Vec<ContactId> = {
             let mut seen = HashSet::new();
-            let is_new = |id: &ContactId| !self.watched.contains(id) && seen.insert(*id);
+            let is_new = |id: &ContactId| !self.watched.contains_key(id) && seen.insert(*id);
             granted.iter().copied().filter(is_new).collect()
         };
         if self.watched.len() + new.len() > MAX_CONTACTS {
@@ -415,7 +421,6 @@ impl Session {
             .await?;
             return Err(End::Close(Close::TooMuch));
         }
-        self.ack = ack;
         let ear = Ear {
             connection: self.connection,
             audience: self.reader.audience,
@@ -424,7 +429,9 @@ impl Session {
         };
         // First registered, then read: what is committed in between comes by either way.
         self.shared.hub.watch(&self.reader.tenant, &new, &ear);
-        self.watched.extend(&new);
+        // A contact that is subscribed again keeps its place, and counts as it says now.
+        self.watched
+            .extend(granted.iter().map(|contact| (*contact, ack)));
         self.backlogs.push_back(Backlog {
             of: BacklogOf::Subscription {
                 contacts: new,
@@ -506,7 +513,7 @@ impl Session {
             return Ok(());
         }
         let contacts = is_checked.then(|| {
-            let mut contacts: Vec<ContactId> = self.watched.iter().copied().collect();
+            let mut contacts: Vec<ContactId> = self.watched.keys().copied().collect();
             contacts.sort();
             contacts
         });
@@ -530,7 +537,7 @@ impl Session {
     async fn take(&mut self, push: Push) -> Result<(), End> {
         match push {
             Push::Event(event) => {
-                if !self.watched.contains(&event.contact_id) || self.was_sent(event.id) {
+                if !self.watched.contains_key(&event.contact_id) || self.was_sent(event.id) {
                     return Ok(());
                 }
                 // In order: what is live waits until the backlog is read and the window is open.
@@ -556,7 +563,7 @@ impl Session {
                     delivered_at: delivered_at.map(format_time),
                     read_at: read_at.map(format_time),
                 };
-                if self.watched.contains(&contact_id) {
+                if self.watched.contains_key(&contact_id) {
                     send(&mut self.socket, &frame).await
                 } else {
                     Ok(())
@@ -566,18 +573,24 @@ impl Session {
                 event_id,
                 contact_id,
             } => {
-                self.open.remove(&event_id);
-                let frame = DaemonFrame::Removed {
-                    event_id,
-                    contact_id,
-                };
-                if self.watched.contains(&contact_id) {
-                    send(&mut self.socket, &frame).await
+                if self.watched.contains_key(&contact_id) {
+                    self.send_removed(event_id, contact_id).await
                 } else {
                     Ok(())
                 }
             }
         }
+    }
+
+    async fn send_removed(&mut self, event_id: EventId, contact_id: ContactId) -> Result<(), End> {
+        self.open.remove(&event_id);
+        // The pump may have read it before the delete and hand it over behind this.
+        self.recent.insert(event_id);
+        let frame = DaemonFrame::Removed {
+            event_id,
+            contact_id,
+        };
+        send(&mut self.socket, &frame).await
     }
 
     async fn send_event(&mut self, published: Arc<Published>, redelivery: bool) -> Result<(), End> {
@@ -594,7 +607,8 @@ impl Session {
         };
         send(&mut self.socket, &frame).await?;
         self.recent.insert(published.id);
-        match self.ack {
+        let ack = self.watched.get(&published.contact_id).copied();
+        match ack.unwrap_or_default() {
             AckMode::Auto => {
                 self.open.remove(&published.id);
                 self.pass_on(AckKind::Delivered, vec![published.id], false)
@@ -627,7 +641,7 @@ impl Session {
         let contacts = match &backlog.of {
             BacklogOf::Subscription { contacts, .. } => contacts,
             BacklogOf::CatchUp => {
-                all = self.watched.iter().copied().collect();
+                all = self.watched.keys().copied().collect();
                 &all
             }
         };
@@ -720,7 +734,9 @@ impl Session {
     /// Sends again what was not acknowledged, and ends a connection whose time is over.
     async fn tick(&mut self) -> Result<(), End> {
         let now = self.shared.clock.now();
-        if now >= self.identity.expires_at + TimeDelta::seconds(30) {
+        // A token may be valid to the end of time, behind which there is none.
+        let over = self.identity.expires_at.checked_add_signed(LEEWAY);
+        if over.is_some_and(|over| now >= over) {
             return Err(End::Close(Close::NotAuthenticated));
         }
         let (at, timeout) = (Instant::now(), self.shared.ack_timeout);
@@ -740,8 +756,42 @@ impl Session {
             .map(|open| open.published.clone())
             .collect();
         again.sort_by_key(|published| (published.rank, published.seq));
+        for part in again.chunks(READ) {
+            self.send_again(part).await?;
+        }
+        Ok(())
+    }
+
+    /// Sends again what is still there. That an event was deleted may not have been told, where the
+    /// session did not keep up or another program deleted it; then it is told now.
+    async fn send_again(&mut self, again: &[Arc<Published>]) -> Result<(), End> {
+        let ids: Vec<EventId> = again.iter().map(|published| published.id).collect();
+        let found = self
+            .shared
+            .events
+            .find_by_ids(&self.reader.tenant, &ids)
+            .await;
+        let found = match found {
+            Ok(found) => found,
+            Err(error) => {
+                // They are due at the next tick too.
+                tracing::debug!(connection = self.connection, error = %chain(&error), "could not look at what is to be sent again");
+                return Ok(());
+            }
+        };
+        let (audience, now) = (self.reader.audience, self.shared.clock.now());
+        let there: HashSet<EventId> = found
+            .iter()
+            .filter(|event| event.is_visible_to(audience, now))
+            .map(|event| event.id)
+            .collect();
         for published in again {
-            self.send_event(published, true).await?;
+            if there.contains(&published.id) {
+                self.send_event(published.clone(), true).await?;
+            } else if published.expires_at.is_none_or(|at| at > now) {
+                self.send_removed(published.id, published.contact_id)
+                    .await?;
+            }
         }
         Ok(())
     }
@@ -763,6 +813,13 @@ impl Session {
             },
         )
         .await
+    }
+}
+
+impl Drop for Session {
+    /// A session that panics leaves nothing in the hub either.
+    fn drop(&mut self) {
+        self.leave();
     }
 }
 

@@ -7,6 +7,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use chrono::{DateTime, Utc};
 use reqwest::{Method, RequestBuilder};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -304,6 +305,17 @@ pub fn token(scope: &Scope, subject: &str) -> String {
     let hour = Duration::from_hours(1);
     access()
         .issue(&subject, scope, hour, SystemClock.now())
+        .expect("the key signs")
+}
+
+/// An agent's token that is void from `expires_at` on.
+pub fn token_until(expires_at: DateTime<Utc>) -> String {
+    let subject = Subject::new("agent").expect("a valid subject");
+    let scope = Scope::Agent {
+        tenant: tenant("acme"),
+    };
+    access()
+        .issue(&subject, &scope, Duration::ZERO, expires_at)
         .expect("the key signs")
 }
 

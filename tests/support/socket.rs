@@ -6,9 +6,9 @@ use futures_util::{SinkExt as _, StreamExt as _};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
+use tokio_tungstenite::tungstenite::{Error, Message};
 
 /// How long a frame may take to come.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -19,20 +19,36 @@ pub struct Socket(WebSocketStream<TcpStream>);
 impl Socket {
     /// Opens a socket without a token.
     pub async fn open(address: &str) -> Self {
+        let protocol = [("sec-websocket-protocol", "timelined.v1")];
+        let opened = Self::try_open(address, &protocol).await;
+        opened.expect("the daemon upgrades").0
+    }
+
+    /// Opens a socket with these headers: the socket and what the daemon chose as subprotocol, or
+    /// the status of its refusal.
+    pub async fn try_open(
+        address: &str,
+        headers: &[(&'static str, &str)],
+    ) -> Result<(Self, Option<String>), u16> {
         let stream = TcpStream::connect(address)
             .await
             .expect("the daemon accepts");
         let mut request = format!("ws://{address}/api/v1/realtime")
             .into_client_request()
             .expect("a valid address");
-        let protocol = HeaderValue::from_static("timelined.v1");
-        request
-            .headers_mut()
-            .insert("sec-websocket-protocol", protocol);
-        let (socket, _) = tokio_tungstenite::client_async(request, stream)
-            .await
-            .expect("the daemon upgrades");
-        Self(socket)
+        for (name, value) in headers {
+            let value = HeaderValue::from_str(value).expect("a valid header");
+            request.headers_mut().insert(*name, value);
+        }
+        match tokio_tungstenite::client_async(request, stream).await {
+            Ok((socket, response)) => {
+                let protocol = response.headers().get("sec-websocket-protocol");
+                let protocol = protocol.map(|name| name.to_str().expect("ASCII").to_owned());
+                Ok((Self(socket), protocol))
+            }
+            Err(Error::Http(response)) => Err(response.status().as_u16()),
+            Err(error) => panic!("the handshake failed: {error}"),
+        }
     }
 
     /// Opens a socket, authenticates, and takes the welcome.
@@ -107,6 +123,30 @@ impl Socket {
                 Some(Err(_)) | None => return Err(None),
             }
         }
+    }
+
+    /// The code that the daemon closes with; frames before it are passed over.
+    pub async fn closed(&mut self) -> Option<u16> {
+        loop {
+            if let Err(code) = self.try_next().await {
+                return code;
+            }
+        }
+    }
+
+    /// Watches contacts, which must have no backlog; answers `subscribed`.
+    pub async fn subscribe(&mut self, contacts: &[&str], ack: &str) -> Value {
+        self.send(&json!({ "type": "subscribe", "contacts": contacts, "ack": ack }))
+            .await;
+        let frame = self.next().await;
+        assert_eq!(frame["type"], "subscribed", "{frame}");
+        frame
+    }
+
+    /// Whatever was sent before was taken when this returns; nothing else must come meanwhile.
+    pub async fn ping(&mut self) {
+        self.send(&json!({ "type": "ping" })).await;
+        assert_eq!(self.next().await, json!({ "type": "pong" }));
     }
 
     /// The next frame of a type; others are passed over.
