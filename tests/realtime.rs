@@ -506,6 +506,58 @@ async fn what_is_not_watched_any_more_is_not_sent() {
 }
 
 #[tokio::test]
+async fn what_was_sent_and_not_acknowledged_comes_again_with_the_next_subscription() {
+    let daemon = TestDaemon::start();
+    let mut socket = watch(&daemon).await;
+    let event = record(&daemon, CONTACT, &event("again")).await;
+    assert_eq!(socket.next().await["redelivery"], false);
+    for _ in 0..2 {
+        for frame in ["unsubscribe", "subscribe"] {
+            socket
+                .send(&json!({ "type": frame, "contacts": [CONTACT] }))
+                .await;
+        }
+        let again = socket.next().await;
+        assert_eq!(
+            (&again["event"]["id"], &again["redelivery"]),
+            (&event["id"], &json!(true))
+        );
+        assert_eq!(socket.next().await["type"], "subscribed");
+    }
+}
+
+/// Nothing is confirmed while the database is away; what waits for it has a bound.
+#[tokio::test]
+async fn more_subscriptions_than_may_wait_end_the_connection() {
+    let mut cluster = support::database::Cluster::launch();
+    let daemon = Settings::new()
+        .env("TIMELINED__DATABASE__URL", cluster.url())
+        .start();
+    let mut few = Socket::authenticated(&daemon.address, &agent("acme")).await;
+    let mut many = Socket::authenticated(&daemon.address, &agent("acme")).await;
+    cluster.stop();
+    for (socket, number) in [(&mut few, 16), (&mut many, 17)] {
+        for _ in 0..number {
+            socket
+                .send(&json!({ "type": "subscribe", "contacts": [CONTACT, "nobody"] }))
+                .await;
+        }
+    }
+    let refused = many.next().await;
+    assert_eq!(
+        (&refused["type"], &refused["status"]),
+        (&json!("error"), &json!(429))
+    );
+    assert_eq!(many.closed().await, Some(4429));
+    cluster.start();
+    for _ in 0..16 {
+        let subscribed = few.next().await;
+        assert_eq!(subscribed["type"], "subscribed");
+        assert_eq!(subscribed["denied"], json!(["nobody"]));
+    }
+}
+
+#[tokio::test]
 async fn a_newer_token_of_the_same_reader_prolongs_the_connection_and_another_ends_it() {
     let daemon = TestDaemon::start();
     let (contact, other) = (CONTACT.parse().unwrap(), OTHER.parse().unwrap());

@@ -94,7 +94,7 @@ struct Open {
 /// seq than what was sent before.
 struct Recent {
     capacity: usize,
-    order: VecDeque<EventId>,
+    order: VecDeque<(EventId, ContactId)>,
     ids: HashSet<EventId>,
 }
 
@@ -109,16 +109,27 @@ impl Recent {
         }
     }
 
-    fn insert(&mut self, id: EventId) {
+    fn insert(&mut self, id: EventId, contact: ContactId) {
         if !self.ids.insert(id) {
             return;
         }
-        self.order.push_back(id);
+        self.order.push_back((id, contact));
         if self.order.len() > self.capacity
-            && let Some(oldest) = self.order.pop_front()
+            && let Some((oldest, _)) = self.order.pop_front()
         {
             self.ids.remove(&oldest);
         }
+    }
+
+    /// A next subscription of these contacts is to give what still waits, sent before or not.
+    fn forget(&mut self, contacts: &[ContactId]) {
+        self.order.retain(|(id, contact)| {
+            let is_forgotten = contacts.contains(contact);
+            if is_forgotten {
+                self.ids.remove(id);
+            }
+            !is_forgotten
+        });
     }
 
     fn contains(&self, id: EventId) -> bool {
@@ -460,6 +471,7 @@ impl Session {
         }
         self.open
             .retain(|_, open| !contacts.contains(&open.published.contact_id));
+        self.recent.forget(contacts);
         self.backlogs.retain_mut(|backlog| match &mut backlog.of {
             BacklogOf::Subscription {
                 contacts: waiting,
@@ -585,7 +597,7 @@ impl Session {
     async fn send_removed(&mut self, event_id: EventId, contact_id: ContactId) -> Result<(), End> {
         self.open.remove(&event_id);
         // The pump may have read it before the delete and hand it over behind this.
-        self.recent.insert(event_id);
+        self.recent.insert(event_id, contact_id);
         let frame = DaemonFrame::Removed {
             event_id,
             contact_id,
@@ -606,7 +618,7 @@ impl Session {
             redelivery,
         };
         send(&mut self.socket, &frame).await?;
-        self.recent.insert(published.id);
+        self.recent.insert(published.id, published.contact_id);
         let ack = self.watched.get(&published.contact_id).copied();
         match ack.unwrap_or_default() {
             AckMode::Auto => {
@@ -887,4 +899,49 @@ async fn bye(socket: &mut WebSocket, end: &End) {
     };
     // The same for one that does not read.
     drop(tokio::time::timeout(BYE_TIME, goodbye).await);
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn event(number: u128) -> EventId {
+        let version_7 = 0x0190_b5f0_0000_7000_8000_u128 << 48;
+        EventId::new(Uuid::from_u128(version_7 | number)).unwrap()
+    }
+
+    fn contact(number: u128) -> ContactId {
+        ContactId::new(Uuid::from_u128(number)).unwrap()
+    }
+
+    #[test]
+    fn what_was_sent_is_remembered_over_a_window_and_the_pushes_that_wait() {
+        for window in [1, 256, 10_000] {
+            let mut recent = Recent::new(window);
+            let held = window + PUSHES;
+            for number in 0..10 * held {
+                recent.insert(event(number as u128), contact(1));
+            }
+            let newest = 9 * held..10 * held;
+            assert!(
+                newest
+                    .into_iter()
+                    .all(|n| recent.contains(event(n as u128)))
+            );
+            assert!(!recent.contains(event(0)));
+            assert!(recent.order.len() == recent.ids.len() && recent.ids.len() <= 2 * held);
+        }
+    }
+
+    #[test]
+    fn what_was_sent_of_a_contact_that_is_not_watched_any_more_is_forgotten() {
+        let mut recent = Recent::new(1);
+        recent.insert(event(1), contact(1));
+        recent.insert(event(2), contact(2));
+        recent.forget(&[contact(1)]);
+        assert!(!recent.contains(event(1)));
+        assert!(recent.contains(event(2)));
+    }
 }

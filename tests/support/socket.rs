@@ -10,8 +10,8 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-/// How long a frame may take to come.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a frame may take to come: longer than the daemon waits for a database that is away.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// An open socket.
 pub struct Socket(WebSocketStream<TcpStream>);
