@@ -96,7 +96,7 @@ impl JobLedger for PgStorage {
     ) -> StorageResult<Option<Run>> {
         let row = sqlx::query(concat!(
             "update job_runs
-             set state = 'running', daemon = $2, started_at = coalesce(started_at, $3), attempt = attempt + 1
+             set state = 'running', daemon = $2, started_at = coalesce(started_at, greatest(scheduled_at, $3)), attempt = attempt + 1
              where id = (select id from job_runs
                          where state = 'queued' and job = any($1)
                          order by id limit 1

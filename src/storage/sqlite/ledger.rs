@@ -114,7 +114,7 @@ impl JobLedger for SqliteStorage {
                 Box::pin(async move {
                     let row = sqlx::query(concat!(
                         "update job_runs
-                         set state = 'running', daemon = $2, started_at = coalesce(started_at, $3), attempt = attempt + 1
+                         set state = 'running', daemon = $2, started_at = coalesce(started_at, max(scheduled_at, $3)), attempt = attempt + 1
                          where id = (select id from job_runs
                                      where state = 'queued' and +job in (select value from json_each($1))
                                      order by id limit 1)
