@@ -2,17 +2,20 @@
 
 use std::time::Duration;
 
-use chrono::TimeDelta;
+use anyhow::Context as _;
 use clap::Args;
 use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-use super::{Done, Failure, Global, clock, load, open, print};
+use super::{Done, Failure, Global, clock, load, open, print, say};
 use crate::config::{Config, JobKind};
 use crate::daemon;
-use crate::domain::{Retention, RunId, format_time};
-use crate::jobs::{Job as _, RunContext, due};
+use crate::domain::{RunId, format_time};
+use crate::jobs::{Due, Ending, Job as _, Report, RunContext};
 use crate::storage::{Run, RunState, Trigger};
+use crate::telemetry::chain;
 
 /// The period where the configuration has no purge.
 const DEFAULT_PERIOD: Duration = Duration::from_hours(7 * 24);
@@ -42,10 +45,12 @@ pub(super) async fn run(global: &Global, options: &Options) -> Done {
     let storage = open(&config).await?;
     let clock = clock();
     let now = clock.now();
+    let purge = daemon::purge(&storage, &clock, older_than, options.dry_run);
     let done = if options.dry_run {
-        let period = TimeDelta::from_std(older_than).unwrap_or(TimeDelta::MAX);
-        let cutoff = Retention::new(period).cutoff(now);
-        let due = due(&*storage.events, cutoff).await?;
+        let Due {
+            cutoff,
+            tenants: due,
+        } = purge.due().await?;
         let total: u64 = due.iter().map(|(_, count)| count).sum();
         let tenants: Vec<_> = due
             .iter()
@@ -67,22 +72,23 @@ pub(super) async fn run(global: &Global, options: &Options) -> Done {
         })
     } else {
         let id = RunId::generate(now);
-        let stop = CancellationToken::new();
         let context = RunContext {
             run: id,
             scheduled_at: now,
-            stop,
+            stop: stop_by_signal()?,
+            report: Report::default(),
         };
-        let purge = daemon::purge(&storage, &clock, older_than, false);
-        let report = purge.run(&context).await;
-        let (state, error) = match &report {
-            Ok(_) => (RunState::Succeeded, None),
+        let ended = purge.run(&context).await;
+        let counts = context.report.take();
+        let deleted = counts.get("deleted").copied().unwrap_or(0);
+        let (state, error) = match &ended {
+            Ok(Ending::Finished) => (RunState::Succeeded, None),
+            Ok(Ending::Unfinished) => {
+                let error = "stopped by a signal before its end".to_owned();
+                (RunState::Cancelled, Some(error))
+            }
             Err(error) => (RunState::Failed, Some(error.to_string())),
         };
-        let counts = report
-            .as_ref()
-            .map(|report| report.counts.clone())
-            .unwrap_or_default();
         let run = Run {
             id,
             job,
@@ -93,16 +99,52 @@ pub(super) async fn run(global: &Global, options: &Options) -> Done {
             attempt: 1,
             daemon: None,
             state,
-            counts: counts.clone(),
+            counts,
             error,
         };
-        storage.ledger.record(&run).await?;
-        report.map_err(|error| Failure::Other(anyhow::anyhow!("the purge failed: {error}")))?;
-        let deleted = counts.get("deleted").copied().unwrap_or(0);
-        print(global, &json!({ "deleted": deleted, "run_id": id }), || {
-            format!("deleted {deleted} events")
-        })
+        let recorded = storage.ledger.record(&run).await;
+        match run.error {
+            None => {
+                recorded?;
+                print(global, &json!({ "deleted": deleted, "run_id": id }), || {
+                    format!("deleted {deleted} events")
+                })
+            }
+            Some(error) => {
+                // The purge's own error matters more.
+                if let Err(error) = recorded {
+                    say(&format!("the run could not be recorded: {}", chain(&error)));
+                }
+                Err(Failure::Other(anyhow::anyhow!(
+                    "the purge {}: {error} (deleted {deleted} events)",
+                    run.state
+                )))
+            }
+        }
     };
     storage.close().await;
     done
+}
+
+/// Cancelled by the first signal that asks to end: the purge stops between two batches. A second one
+/// ends the program at once, as it does without this.
+fn stop_by_signal() -> anyhow::Result<CancellationToken> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot take signals")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot take signals")?;
+    let stop = CancellationToken::new();
+    let stopping = stop.clone();
+    TaskTracker::new().spawn(async move {
+        for is_first in [true, false] {
+            let code = tokio::select! {
+                _ = interrupt.recv() => 130,
+                _ = terminate.recv() => 143,
+            };
+            if !is_first {
+                std::process::exit(code);
+            }
+            say("stopping after this batch");
+            stopping.cancel();
+        }
+    });
+    Ok(stop)
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use async_trait::async_trait;
 
-use super::{Job, JobError, Report, RunContext};
+use super::{Ending, Job, JobError, RunContext};
 use crate::live::{LiveCounts, Pump};
 
 /// Looks each second, so that what other programs inserted is pushed too. Commits of this daemon
@@ -25,9 +25,8 @@ impl Deliver {
 
 #[async_trait]
 impl Job for Deliver {
-    async fn run(&self, _context: &RunContext) -> Result<Report, JobError> {
-        self.pump.look().await?;
-        let mut report = Report::default();
+    async fn run(&self, context: &RunContext) -> Result<Ending, JobError> {
+        let looked = self.pump.look(&context.stop).await;
         let LiveCounts {
             pushed,
             delivered,
@@ -38,8 +37,10 @@ impl Job for Deliver {
             ("delivered", delivered),
             ("expired", expired),
         ] {
-            report.add(name, count.swap(0, Ordering::Relaxed));
+            context.report.add(name, count.swap(0, Ordering::Relaxed));
         }
-        Ok(report)
+        looked?;
+        // Also where it was to stop: what is left is no part of this run, the next look finds it.
+        Ok(Ending::Finished)
     }
 }

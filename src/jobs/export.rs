@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use chrono::TimeDelta;
 use tokio::sync::Notify;
 
-use super::{Job, JobError, Report, RunContext};
+use super::{Ending, Job, JobError, RunContext};
 use crate::config::{ExportJob, Selection};
 use crate::domain::{Clock, ContactId, ExportId, Subject};
 use crate::export::{Format, message_ids};
@@ -31,16 +31,16 @@ pub struct ScheduleExports {
 
 #[async_trait]
 impl Job for ScheduleExports {
-    async fn run(&self, context: &RunContext) -> Result<Report, JobError> {
-        let mut report = Report::default();
+    async fn run(&self, context: &RunContext) -> Result<Ending, JobError> {
+        let mut ending = Ending::Finished;
         match &self.settings.selection {
             Selection::Contacts(contacts) => {
                 for page in contacts.chunks(PAGE as usize) {
                     if context.stop.is_cancelled() {
-                        report.is_unfinished = true;
+                        ending = Ending::Unfinished;
                         break;
                     }
-                    self.add(context, page, &mut report).await?;
+                    self.add(context, page).await?;
                 }
             }
             Selection::Active { since, category } => {
@@ -52,31 +52,26 @@ impl Job for ScheduleExports {
                         .exports
                         .active_contacts(tenant, since, *category, after, PAGE)
                         .await?;
-                    self.add(context, &page, &mut report).await?;
+                    self.add(context, &page).await?;
                     after = page.last().copied();
                     if page.len() < PAGE as usize {
                         break;
                     }
                     if context.stop.is_cancelled() {
-                        report.is_unfinished = true;
+                        ending = Ending::Unfinished;
                         break;
                     }
                 }
             }
         }
         self.wake.notify_one();
-        Ok(report)
+        Ok(ending)
     }
 }
 
 impl ScheduleExports {
     /// Adds the exports of a page of contacts in one transaction.
-    async fn add(
-        &self,
-        context: &RunContext,
-        contacts: &[ContactId],
-        report: &mut Report,
-    ) -> Result<(), JobError> {
+    async fn add(&self, context: &RunContext, contacts: &[ContactId]) -> Result<(), JobError> {
         let requested_by = Subject::new(&format!("job {}", self.name))
             .map_err(|error| JobError::Permanent(format!("the job's name: {error}")))?;
         let exports: Vec<_> = contacts
@@ -86,7 +81,8 @@ impl ScheduleExports {
         let there_are = self.exports.create(&exports).await?;
         for (export, there_is) in exports.iter().zip(there_are) {
             let is_new = there_is == export.id;
-            report.add(if is_new { "exports" } else { "repeated" }, 1);
+            let name = if is_new { "exports" } else { "repeated" };
+            context.report.add(name, 1);
         }
         Ok(())
     }

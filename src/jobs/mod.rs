@@ -12,6 +12,8 @@ pub mod retry;
 mod runner;
 pub mod schedule;
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use tokio_util::sync::CancellationToken;
@@ -19,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 pub use deliver::Deliver;
 pub use export::ScheduleExports;
 pub use pulse::Pulse;
-pub use purge::{Purge, due};
+pub use purge::{Due, Purge};
 pub use runner::{Runner, RunnerSettings};
 
 use crate::domain::RunId;
@@ -35,24 +37,40 @@ pub struct RunContext {
     pub scheduled_at: DateTime<Utc>,
     /// Cancelled when the run is to reach a safe point and return what it has.
     pub stop: CancellationToken,
+    /// What it has done so far: filled as it goes, so that an error, a panic or a timeout tells it too.
+    pub report: Report,
 }
 
-/// What a run did.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Report {
-    /// In numbers, by name.
-    pub counts: Counts,
-    /// Set where it stopped before its end because it was asked to.
-    pub is_unfinished: bool,
-}
+/// What a run has done, in numbers by name. The runner and the job hold the same one.
+#[derive(Debug, Clone, Default)]
+pub struct Report(Arc<Mutex<Counts>>);
 
 impl Report {
     /// Adds to a number; what is zero is left out of the row.
-    pub fn add(&mut self, name: &str, count: u64) {
+    pub fn add(&self, name: &str, count: u64) {
         if count > 0 {
-            *self.counts.entry(name.to_owned()).or_default() += count;
+            *self.lock().entry(name.to_owned()).or_default() += count;
         }
     }
+
+    /// Takes the numbers out.
+    #[must_use]
+    pub fn take(&self) -> Counts {
+        std::mem::take(&mut *self.lock())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Counts> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How far a run came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// To its end.
+    Finished,
+    /// It stopped before, because it was asked to.
+    Unfinished,
 }
 
 /// Why an attempt failed; decides whether it is tried again.
@@ -80,6 +98,6 @@ impl From<StorageError> for JobError {
 /// The work of a job.
 #[async_trait]
 pub trait Job: Send + Sync + 'static {
-    /// Does what there is to do.
-    async fn run(&self, context: &RunContext) -> Result<Report, JobError>;
+    /// Does what there is to do, and adds to the context's report what it did.
+    async fn run(&self, context: &RunContext) -> Result<Ending, JobError>;
 }

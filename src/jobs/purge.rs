@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use chrono::{DateTime, TimeDelta, Utc};
 
-use super::{Job, JobError, Report, RunContext};
+use super::{Ending, Job, JobError, RunContext};
 use crate::domain::{Clock, Retention, TenantId};
 use crate::storage::{EventRepository, JobLedger, StorageResult};
 
@@ -33,27 +33,33 @@ pub struct Purge {
 
 #[async_trait]
 impl Job for Purge {
-    async fn run(&self, context: &RunContext) -> Result<Report, JobError> {
-        let cutoff = self.retention.cutoff(self.now().await?);
-        let mut report = Report::default();
+    async fn run(&self, context: &RunContext) -> Result<Ending, JobError> {
         if self.dry_run {
-            for tenant in self.events.expiring_tenants().await? {
-                report.add(
-                    "would_delete",
-                    self.events.count_expired_before(&tenant, cutoff).await?,
-                );
+            for (_, count) in self.due().await?.tenants {
+                context.report.add("would_delete", count);
             }
-            return Ok(report);
+            return Ok(Ending::Finished);
         }
+        let cutoff = self.cutoff().await?;
         for tenant in self.events.expiring_tenants().await? {
-            self.in_batches(context, &mut report, "deleted", |limit| {
+            let purged = self.in_batches(context, "deleted", |limit| {
                 self.events.delete_expired_before(&tenant, cutoff, limit)
-            })
-            .await?;
+            });
+            if purged.await? == Ending::Unfinished {
+                return Ok(Ending::Unfinished);
+            }
         }
-        self.forget_idempotency_keys(context, &mut report).await?;
-        Ok(report)
+        Ok(self.forget_idempotency_keys(context).await?)
     }
+}
+
+/// What a purge would delete now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Due {
+    /// What expired strictly before this.
+    pub cutoff: DateTime<Utc>,
+    /// How much of it each tenant has.
+    pub tenants: Vec<(TenantId, u64)>,
 }
 
 impl Purge {
@@ -62,38 +68,52 @@ impl Purge {
         Ok(self.ledger.now().await?.min(self.clock.now()))
     }
 
-    async fn forget_idempotency_keys(
-        &self,
-        context: &RunContext,
-        report: &mut Report,
-    ) -> StorageResult<()> {
+    async fn cutoff(&self) -> StorageResult<DateTime<Utc>> {
+        Ok(self.retention.cutoff(self.now().await?))
+    }
+
+    /// What a run would delete: the same selection, by the same clocks.
+    ///
+    /// # Errors
+    /// Those of storage.
+    pub async fn due(&self) -> StorageResult<Due> {
+        let cutoff = self.cutoff().await?;
+        let mut tenants = Vec::new();
+        for tenant in self.events.expiring_tenants().await? {
+            let count = self.events.count_expired_before(&tenant, cutoff).await?;
+            tenants.push((tenant, count));
+        }
+        Ok(Due { cutoff, tenants })
+    }
+
+    async fn forget_idempotency_keys(&self, context: &RunContext) -> StorageResult<Ending> {
         let cutoff = self.now().await? - IDEMPOTENCY_KEPT;
         for tenant in self.events.idempotent_tenants().await? {
-            self.in_batches(context, report, "idempotency_keys", |limit| {
+            let forgotten = self.in_batches(context, "idempotency_keys", |limit| {
                 self.events
                     .delete_idempotency_before(&tenant, cutoff, limit)
-            })
-            .await?;
+            });
+            if forgotten.await? == Ending::Unfinished {
+                return Ok(Ending::Unfinished);
+            }
         }
-        Ok(())
+        Ok(Ending::Finished)
     }
 
     /// Deletes in batches until a short one, or until the run is to stop.
     async fn in_batches<F>(
         &self,
         context: &RunContext,
-        report: &mut Report,
         name: &str,
         delete: impl Fn(u32) -> F,
-    ) -> StorageResult<()>
+    ) -> StorageResult<Ending>
     where
         F: Future<Output = StorageResult<u64>>,
     {
         let mut limit = FIRST_BATCH;
         loop {
             if context.stop.is_cancelled() {
-                report.is_unfinished = true;
-                return Ok(());
+                return Ok(Ending::Unfinished);
             }
             let began = Instant::now();
             let deleted = delete(limit).await?;
@@ -104,9 +124,9 @@ impl Purge {
                 elapsed_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
                 "purged a batch"
             );
-            report.add(name, deleted);
+            context.report.add(name, deleted);
             if deleted < u64::from(limit) {
-                return Ok(());
+                return Ok(Ending::Finished);
             }
             limit = next_batch(limit, took, self.batch_time);
             // As long a pause as the work: others get the database half of the time.
@@ -116,22 +136,6 @@ impl Purge {
             }
         }
     }
-}
-
-/// What a purge would delete, by tenant; the same selection as the purge's.
-///
-/// # Errors
-/// Those of storage.
-pub async fn due(
-    events: &dyn EventRepository,
-    cutoff: DateTime<Utc>,
-) -> StorageResult<Vec<(TenantId, u64)>> {
-    let mut due = Vec::new();
-    for tenant in events.expiring_tenants().await? {
-        let count = events.count_expired_before(&tenant, cutoff).await?;
-        due.push((tenant, count));
-    }
-    Ok(due)
 }
 
 /// The size of the next batch: towards `target`, at most doubled or halved at a time.

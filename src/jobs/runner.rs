@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 use tracing::Instrument as _;
 use uuid::Uuid;
 
-use super::{Job, JobError, Pulse, Report, RunContext};
+use super::{Ending, Job, JobError, Pulse, Report, RunContext};
 use crate::config::{JobDefinition, JobKind, Overlap};
 use crate::domain::{Clock, RunId, format_time};
 use crate::storage::{Claim, Counts, Finish, JobLedger, Run, RunState, StorageResult, Trigger};
@@ -28,6 +28,9 @@ const SLICE: Duration = Duration::from_millis(250);
 const TIMEOUT_GRACE: Duration = Duration::from_secs(5);
 /// Between two tries to reach a database that is away.
 const STORAGE_RETRY: Duration = Duration::from_secs(1);
+/// How often a skipped time is tried to be written. Not for ever, as the end of a run is: while the
+/// database is away there may be one each second.
+const SKIP_TRIES: u32 = 10;
 
 /// What a runner shares with the rest of the daemon.
 #[derive(Clone)]
@@ -87,16 +90,27 @@ struct Busy {
 
 /// How an attempt ended.
 enum Attempt {
-    Succeeded(Counts),
+    Succeeded,
     /// Stopped at a safe point because the daemon is stopping.
-    GivenBack(Counts),
+    GivenBack,
     Failed {
         state: RunState,
         error: String,
         may_retry: bool,
-        /// What it did before.
-        counts: Counts,
     },
+}
+
+/// What became of a time that has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// The place was free; it is the run's now.
+    Taken,
+    /// It is served already: the clock stepped back meanwhile.
+    Served,
+    /// It waits for the run before it; `instead_of` waited so far.
+    Queued { instead_of: Option<DateTime<Utc>> },
+    /// The run before is still at work, and times do not queue.
+    Busy,
 }
 
 /// What came of a claim.
@@ -189,29 +203,24 @@ impl Runner {
         let tracker = &self.shared.settings.tracker;
         let (runner, slot) = (self.shared.clone(), slot.clone());
         let run = new_run(&runner, &slot, at);
-        if slot.occupy(&run) {
-            tracker.spawn(async move { serve(&runner, &slot, run).await });
-            return;
-        }
-        if slot.lock().run.is_some_and(|(_, served)| served == at) {
-            // The clock stepped back while it runs.
-            return;
-        }
-        match slot.definition.overlap {
-            Overlap::Queue => {
-                let waited = slot.lock().queued.replace(at);
-                if let Some(waited) = waited.filter(|waited| *waited != at) {
-                    let reason = "a later time took its place in the queue";
-                    tracker.spawn(async move { skip(&runner, &slot, waited, reason).await });
-                }
+        match slot.place(&run) {
+            Place::Taken => {
+                tracker.spawn(async move { serve(&runner, &slot, run).await });
             }
-            Overlap::Skip if slot.is_poll() => {
+            Place::Served | Place::Queued { instead_of: None } => {}
+            Place::Queued {
+                instead_of: Some(waited),
+            } => {
+                let reason = "a later time took its place in the queue";
+                tracker.spawn(async move { skip(&runner, &slot, waited, reason).await });
+            }
+            Place::Busy if slot.is_poll() => {
                 tracing::debug!(
                     job.name = slot.definition.name,
                     "the poll before is still at work"
                 );
             }
-            Overlap::Skip => {
+            Place::Busy => {
                 let reason = "the run before was still at work";
                 tracker.spawn(async move { skip(&runner, &slot, at, reason).await });
             }
@@ -269,6 +278,39 @@ impl Shared {
 impl Slot {
     fn lock(&self) -> std::sync::MutexGuard<'_, Busy> {
         self.busy.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finds a place for a time that has come, in one step: were it two, the place might be freed
+    /// between them, and the time would wait for nobody.
+    fn place(&self, run: &Run) -> Place {
+        let at = run.scheduled_at;
+        let mut busy = self.lock();
+        match busy.run {
+            None => {
+                busy.run = Some((run.id, at));
+                Place::Taken
+            }
+            Some((_, served)) if served == at => Place::Served,
+            Some(_) if self.definition.overlap == Overlap::Queue => Place::Queued {
+                instead_of: busy.queued.replace(at).filter(|waited| *waited != at),
+            },
+            Some(_) => Place::Busy,
+        }
+    }
+
+    /// Frees the place, or gives it to the time that waits, which `next` makes a run. `early` is to
+    /// be planned again; told in one step with the place, or the planner might come again with it
+    /// and find the place taken.
+    fn leave(
+        &self,
+        early: Option<DateTime<Utc>>,
+        next: impl FnOnce(DateTime<Utc>) -> Run,
+    ) -> Option<Run> {
+        let mut busy = self.lock();
+        busy.early = [busy.early, early].into_iter().flatten().min();
+        let next = busy.queued.take().map(next);
+        busy.run = next.as_ref().map(|run| (run.id, run.scheduled_at));
+        next
     }
 
     /// Takes the place, if it is free.
@@ -364,7 +406,9 @@ async fn look(runner: &Arc<Shared>) -> StorageResult<()> {
         let next = runner.clone();
         runner.settings.tracker.spawn(async move {
             execute(&next, &slot, run, true).await;
-            release(&next, &slot, None).await;
+            if let Some(run) = release(&next, &slot, None) {
+                serve(&next, &slot, run).await;
+            }
             // There may be more in the queue.
             next.settings.pulse.wake();
         });
@@ -389,37 +433,32 @@ async fn give_back_what_nobody_holds(runner: &Shared) -> StorageResult<()> {
     Ok(())
 }
 
-/// Runs a scheduled time, and the one that queued meanwhile.
-async fn serve(runner: &Shared, slot: &Arc<Slot>, run: Run) {
-    let mut early = None;
-    if slot.is_poll() {
-        execute(runner, slot, run, false).await;
-    } else {
-        match claim(runner, slot, &run).await {
-            Claimed::Yes => execute(runner, slot, run, true).await,
-            Claimed::No => {}
-            Claimed::Early => early = Some(run.scheduled_at),
+/// Runs a scheduled time, and those that queue meanwhile, one after another: a job whose runs take
+/// longer than its interval is here for ever.
+async fn serve(runner: &Shared, slot: &Slot, run: Run) {
+    let mut next = Some(run);
+    while let Some(run) = next {
+        let mut early = None;
+        if slot.is_poll() {
+            execute(runner, slot, run, false).await;
+        } else {
+            match claim(runner, slot, &run).await {
+                Claimed::Yes => execute(runner, slot, run, true).await,
+                Claimed::No => {}
+                Claimed::Early => early = Some(run.scheduled_at),
+            }
         }
+        next = release(runner, slot, early);
     }
-    release(runner, slot, early).await;
 }
 
-/// Frees the place, or goes on with the time that waits. `early` is to be planned again; told in
-/// one step with the place, or the planner might come again with it and find the place taken.
-async fn release(runner: &Shared, slot: &Arc<Slot>, early: Option<DateTime<Utc>>) {
-    let queued = {
-        let mut busy = slot.lock();
-        busy.early = [busy.early, early].into_iter().flatten().min();
-        let queued = busy.queued.take().map(|at| new_run(runner, slot, at));
-        busy.run = queued.as_ref().map(|run| (run.id, run.scheduled_at));
-        queued
-    };
+/// Ends the run's time in its place. Answers the run that has it now.
+fn release(runner: &Shared, slot: &Slot, early: Option<DateTime<Utc>>) -> Option<Run> {
+    let next = slot.leave(early, |at| new_run(runner, slot, at));
     if early.is_some() {
         runner.settings.pulse.wake();
     }
-    if let Some(run) = queued {
-        Box::pin(serve(runner, slot, run)).await;
-    }
+    next
 }
 
 fn new_run(runner: &Shared, slot: &Slot, at: DateTime<Utc>) -> Run {
@@ -504,8 +543,20 @@ async fn skip(runner: &Shared, slot: &Slot, at: DateTime<Utc>, reason: &str) {
     run.error = Some(reason.to_owned());
     let lag = runner.now() - at;
     tell(runner, slot, &run, lag.num_milliseconds(), Duration::ZERO);
-    if let Err(error) = runner.settings.ledger.record(&run).await {
-        tracing::warn!(job.name = run.job, error = %chain(&error), "could not record a skipped time");
+    let ledger = &runner.settings.ledger;
+    for tries_left in (0..SKIP_TRIES).rev() {
+        let Err(error) = ledger.record(&run).await else {
+            return;
+        };
+        if tries_left == 0 || !error.is_transient() || runner.is_stopping() {
+            tracing::warn!(job.name = run.job, error = %chain(&error), "could not record a skipped time");
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(STORAGE_RETRY) => {}
+            // Once more, and not again.
+            () = runner.settings.stop.cancelled() => {}
+        }
     }
 }
 
@@ -515,6 +566,7 @@ async fn skip(runner: &Shared, slot: &Slot, at: DateTime<Utc>, reason: &str) {
 async fn execute(runner: &Shared, slot: &Slot, mut run: Run, has_row: bool) {
     let began = Instant::now();
     let lag = runner.now() - run.scheduled_at;
+    let report = Report::default();
     let (state, error) = loop {
         if runner.is_stopping() {
             // Claimed while the daemon began to stop.
@@ -523,22 +575,16 @@ async fn execute(runner: &Shared, slot: &Slot, mut run: Run, has_row: bool) {
         let span = tracing::info_span!(
             "run", job.name = %run.job, run.id = %run.id, run.attempt = run.attempt
         );
-        match attempt(runner, slot, &run).instrument(span).await {
-            Attempt::Succeeded(counts) => {
-                add(&mut run.counts, counts);
-                break (RunState::Succeeded, None);
-            }
-            Attempt::GivenBack(counts) => {
-                add(&mut run.counts, counts);
-                return give_back(runner, &run, has_row).await;
-            }
+        let ended = attempt(runner, slot, &run, &report).instrument(span).await;
+        add(&mut run.counts, report.take());
+        match ended {
+            Attempt::Succeeded => break (RunState::Succeeded, None),
+            Attempt::GivenBack => return give_back(runner, &run, has_row).await,
             Attempt::Failed {
                 state,
                 error,
                 may_retry,
-                counts,
             } => {
-                add(&mut run.counts, counts);
                 let delay = may_retry
                     .then(|| slot.definition.retry.delay(run.attempt, rand::random()))
                     .flatten();
@@ -585,12 +631,13 @@ async fn execute(runner: &Shared, slot: &Slot, mut run: Run, has_row: bool) {
 }
 
 /// One attempt, in a task of its own, so that a panic ends only the attempt.
-async fn attempt(runner: &Shared, slot: &Slot, run: &Run) -> Attempt {
+async fn attempt(runner: &Shared, slot: &Slot, run: &Run, report: &Report) -> Attempt {
     let stop = runner.settings.stop.child_token();
     let context = RunContext {
         run: run.id,
         scheduled_at: run.scheduled_at,
         stop: stop.clone(),
+        report: report.clone(),
     };
     let job = slot.job.clone();
     let mut task = runner
@@ -602,52 +649,37 @@ async fn attempt(runner: &Shared, slot: &Slot, run: &Run) -> Attempt {
         ended = &mut task => ended,
         () = runner.settings.abort.cancelled() => {
             task.abort();
-            return Attempt::GivenBack(Counts::new());
+            return Attempt::GivenBack;
         }
         () = tokio::time::sleep(timeout) => {
             stop.cancel();
-            let counts = match tokio::time::timeout(TIMEOUT_GRACE, &mut task).await {
-                Ok(Ok(Ok(report))) => report.counts,
-                Ok(_failed_or_panicked) => Counts::new(),
-                Err(_elapsed) => {
-                    task.abort();
-                    Counts::new()
-                }
-            };
+            if tokio::time::timeout(TIMEOUT_GRACE, &mut task).await.is_err() {
+                task.abort();
+            }
             return Attempt::Failed {
                 state: RunState::TimedOut,
                 error: format!("took longer than its timeout of {}", humantime::format_duration(timeout)),
                 may_retry: true,
-                counts,
             };
         }
     };
     match ended {
-        Ok(Ok(Report {
-            counts,
-            is_unfinished: false,
-        })) => Attempt::Succeeded(counts),
-        Ok(Ok(Report {
-            counts,
-            is_unfinished: true,
-        })) => Attempt::GivenBack(counts),
+        Ok(Ok(Ending::Finished)) => Attempt::Succeeded,
+        Ok(Ok(Ending::Unfinished)) => Attempt::GivenBack,
         Ok(Err(JobError::Transient(error))) => Attempt::Failed {
             state: RunState::Failed,
             error,
             may_retry: true,
-            counts: Counts::new(),
         },
         Ok(Err(JobError::Permanent(error))) => Attempt::Failed {
             state: RunState::Failed,
             error,
             may_retry: false,
-            counts: Counts::new(),
         },
         Err(panic) => Attempt::Failed {
             state: RunState::Failed,
             error: format!("panicked: {}", panic_message(panic)),
             may_retry: false,
-            counts: Counts::new(),
         },
     }
 }
@@ -695,21 +727,34 @@ async fn finish(runner: &Shared, run: &Run) {
             .unwrap_or_else(|| runner.settings.clock.now()),
     };
     let ledger = &runner.settings.ledger;
-    insist(runner, run, || ledger.finish(run.id, &finish)).await;
+    if insist(runner, run, || ledger.finish(run.id, &finish)).await {
+        return;
+    }
+    // Refused for what it says, perhaps. The state alone, or the run would look to be at work for ever.
+    let error = "how it ended could not be written; see the log".to_owned();
+    let bare = Finish {
+        counts: Counts::new(),
+        error: Some(error),
+        ..finish
+    };
+    insist(runner, run, || ledger.finish(run.id, &bare)).await;
 }
 
 /// Writes what became of a run, waiting for a database that is away as long as the daemon may: also
-/// while it drains, since a run that stays `running` without a daemon is a riddle.
-async fn insist<F>(runner: &Shared, run: &Run, mut write: impl FnMut() -> F)
+/// while it drains, since a run that stays `running` without a daemon is a riddle. Answers whether
+/// it is written.
+async fn insist<F>(runner: &Shared, run: &Run, mut write: impl FnMut() -> F) -> bool
 where
     F: Future<Output = StorageResult<()>>,
 {
     let mut has_failed = false;
     loop {
-        let Err(error) = write().await else { return };
+        let Err(error) = write().await else {
+            return true;
+        };
         if !error.is_transient() || runner.settings.abort.is_cancelled() {
             tracing::error!(run.id = %run.id, error = %chain(&error), "could not record what became of a run");
-            return;
+            return false;
         }
         if !has_failed {
             tracing::warn!(run.id = %run.id, error = %chain(&error), "could not record what became of a run; trying again");
@@ -761,5 +806,97 @@ fn tell(runner: &Shared, slot: &Slot, run: &Run, lag_ms: i64, took: Duration) {
         (RunState::Succeeded, _) => line!(info, "{name} succeeded"),
         (RunState::Skipped, _) => line!(warn, "skipped a time of {name}"),
         (state, _) => line!(error, "{name} {state}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroU32;
+
+    use async_trait::async_trait;
+
+    use super::*;
+    use crate::jobs::retry::RetryPolicy;
+    use crate::jobs::schedule::Schedule;
+
+    struct Nothing;
+
+    #[async_trait]
+    impl Job for Nothing {
+        async fn run(&self, _context: &RunContext) -> Result<Ending, JobError> {
+            Ok(Ending::Finished)
+        }
+    }
+
+    fn queueing() -> Slot {
+        Slot {
+            definition: JobDefinition {
+                name: "job".to_owned(),
+                schedule: Schedule::every(Duration::from_secs(1)).unwrap(),
+                enabled: true,
+                timeout: Duration::from_secs(1),
+                overlap: Overlap::Queue,
+                retry: RetryPolicy {
+                    attempts: NonZeroU32::MIN,
+                    ..RetryPolicy::default()
+                },
+                kind: JobKind::RealtimeDelivery { batch: 1 },
+            },
+            job: Arc::new(Nothing),
+            busy: Mutex::default(),
+        }
+    }
+
+    fn at(second: i64) -> Run {
+        let scheduled_at = DateTime::from_timestamp(second, 0).unwrap();
+        Run {
+            id: RunId::generate(scheduled_at),
+            job: "job".to_owned(),
+            scheduled_at,
+            started_at: None,
+            finished_at: None,
+            trigger: Trigger::Schedule,
+            attempt: 1,
+            daemon: None,
+            state: RunState::Running,
+            counts: Counts::new(),
+            error: None,
+        }
+    }
+
+    #[test]
+    fn of_the_times_that_come_during_a_run_the_last_waits() {
+        let slot = queueing();
+        assert_eq!(slot.place(&at(1)), Place::Taken);
+        assert_eq!(slot.place(&at(1)), Place::Served);
+        assert_eq!(slot.place(&at(2)), Place::Queued { instead_of: None });
+        let instead_of = Some(at(2).scheduled_at);
+        assert_eq!(slot.place(&at(3)), Place::Queued { instead_of });
+        let next = slot.leave(None, |_| at(3)).unwrap();
+        assert_eq!(slot.place(&next), Place::Served);
+        assert_eq!(slot.leave(None, |_| at(4)), None);
+        assert_eq!(slot.place(&at(4)), Place::Taken);
+    }
+
+    #[test]
+    fn a_time_that_comes_while_a_run_ends_never_waits_for_nobody() {
+        let slot = queueing();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for second in 0..20_000 {
+                    slot.place(&at(second));
+                }
+            });
+            scope.spawn(|| {
+                for _ in 0..20_000 {
+                    slot.leave(None, |at| Run {
+                        scheduled_at: at,
+                        ..self::at(0)
+                    });
+                    let busy = slot.lock();
+                    assert!(busy.run.is_some() || busy.queued.is_none());
+                }
+            });
+        });
     }
 }

@@ -73,32 +73,34 @@ impl Pump {
                 () = self.wake.notified() => {}
                 () = stop.cancelled() => return,
             }
-            if let Err(error) = self.push_new().await {
+            if let Err(error) = self.push_new(&stop).await {
                 // The poll reports outages as failed runs; here it is only a hint that failed.
                 tracing::debug!(error = %chain(&error), "could not look at the outbox");
             }
         }
     }
 
-    /// One look: pushes what is new, and records what expired waiting.
+    /// One look: pushes what is new, and records what expired waiting. It ends before the next batch
+    /// when `stop` is cancelled.
     ///
     /// # Errors
     /// Those of storage; the next look begins where this one did.
-    pub async fn look(&self) -> StorageResult<()> {
-        self.push_new().await?;
-        loop {
+    pub async fn look(&self, stop: &CancellationToken) -> StorageResult<()> {
+        self.push_new(stop).await?;
+        while !stop.is_cancelled() {
             let expired = self
                 .events
                 .expire_undelivered(self.clock.now(), EXPIRE_BATCH)
                 .await?;
             self.counts.expired.fetch_add(expired, Ordering::Relaxed);
             if expired < u64::from(EXPIRE_BATCH) {
-                return Ok(());
+                break;
             }
         }
+        Ok(())
     }
 
-    async fn push_new(&self) -> StorageResult<()> {
+    async fn push_new(&self, stop: &CancellationToken) -> StorageResult<()> {
         let mut mark = self.mark.lock().await;
         let tail = self
             .events
@@ -107,6 +109,10 @@ impl Pump {
             })
             .await?;
         for entries in tail.entries.chunks(self.batch) {
+            if stop.is_cancelled() {
+                // The mark stays: the next look, if there is one, begins where this one did.
+                return Ok(());
+            }
             let found = self.events.find_entries(entries).await?;
             let now = self.clock.now();
             let pushed = found

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -13,7 +14,7 @@ use timelined::config::{JobDefinition, JobKind, Overlap};
 use timelined::domain::{Clock, RunId, Subject, SystemClock};
 use timelined::jobs::retry::RetryPolicy;
 use timelined::jobs::schedule::Schedule;
-use timelined::jobs::{Job, JobError, Pulse, Report, RunContext, Runner, RunnerSettings};
+use timelined::jobs::{Ending, Job, JobError, Pulse, RunContext, Runner, RunnerSettings};
 use timelined::storage::{
     Claim, Counts, Finish, JobLedger, Run, RunState, StorageError, StorageResult, Trigger,
 };
@@ -60,10 +61,23 @@ struct Scripted {
 
 #[async_trait]
 impl Job for Scripted {
-    async fn run(&self, context: &RunContext) -> Result<Report, JobError> {
+    async fn run(&self, context: &RunContext) -> Result<Ending, JobError> {
         self.times.lock().unwrap().push(context.scheduled_at);
-        (self.work)(context.clone()).await
+        let report = (self.work)(context.clone()).await?;
+        context.report.add("deleted", report.deleted);
+        Ok(if report.is_unfinished {
+            Ending::Unfinished
+        } else {
+            Ending::Finished
+        })
     }
+}
+
+/// What the work of a test answers.
+#[derive(Default)]
+struct Report {
+    deleted: u64,
+    is_unfinished: bool,
 }
 
 /// What a job of the tests does.
@@ -77,9 +91,10 @@ where
 }
 
 fn report(deleted: u64) -> Report {
-    let mut report = Report::default();
-    report.add("deleted", deleted);
-    report
+    Report {
+        deleted,
+        is_unfinished: false,
+    }
 }
 
 /// Due each ten seconds, which a moving clock reaches only when a test lets it.
@@ -210,12 +225,23 @@ impl Daemon {
     }
 }
 
+/// Where the stack ends. A function of its own: a local of a future would lie in the future.
+#[inline(never)]
+fn depth() -> usize {
+    let here = 0_u8;
+    std::hint::black_box(&raw const here).addr()
+}
+
 /// A ledger that fails where a test says: before the database is asked, or when the answer is lost.
 struct Faulty {
     inner: Arc<dyn JobLedger>,
     before: Mutex<BTreeMap<&'static str, u32>>,
     after: Mutex<BTreeMap<&'static str, u32>>,
     calls: AtomicU32,
+    /// How often the database refuses to write an end, for what it says.
+    refusals: AtomicU32,
+    /// How deep in whose stack claims were made.
+    depths: Mutex<Vec<(ThreadId, usize)>>,
 }
 
 impl Faulty {
@@ -229,6 +255,8 @@ impl Faulty {
             before: Mutex::new(before.iter().copied().collect()),
             after: Mutex::new(after.iter().copied().collect()),
             calls: AtomicU32::new(0),
+            refusals: AtomicU32::new(0),
+            depths: Mutex::default(),
         })
     }
 
@@ -277,6 +305,8 @@ impl JobLedger for Faulty {
         daemon: Uuid,
         now: DateTime<Utc>,
     ) -> StorageResult<Claim> {
+        let depth = (std::thread::current().id(), depth());
+        self.depths.lock().unwrap().push(depth);
         let claim = self
             .inner
             .claim(run, job, scheduled_at, trigger, daemon, now);
@@ -313,6 +343,10 @@ impl JobLedger for Faulty {
     }
 
     async fn finish(&self, run: RunId, finish: &Finish) -> StorageResult<()> {
+        if self.refusals.load(Ordering::Relaxed) > 0 {
+            self.refusals.fetch_sub(1, Ordering::Relaxed);
+            return Err(StorageError::Database(Arc::new(sqlx::Error::WorkerCrashed)));
+        }
         self.through("finish", self.inner.finish(run, finish)).await
     }
 
@@ -322,7 +356,7 @@ impl JobLedger for Faulty {
     }
 
     async fn record(&self, run: &Run) -> StorageResult<()> {
-        self.inner.record(run).await
+        self.through("record", self.inner.record(run)).await
     }
 
     async fn runs(&self, job: &str, before: Option<RunId>, limit: u32) -> StorageResult<Vec<Run>> {
@@ -390,6 +424,67 @@ on_both_engines! {
         assert_eq!(run.counts["deleted"], 6);
         assert_eq!(run.error.as_deref(), Some("took longer than its timeout of 50ms"));
         assert_eq!(times.lock().unwrap().iter().filter(|at| **at == run.scheduled_at).count(), 3);
+    }
+
+    async fn what_was_done_before_an_error_a_panic_or_an_abort_is_counted(db) {
+        let mut daemon = Daemon::new(&db.ledger, 1);
+        daemon.job(definition("failing"), work(|context: RunContext| async move {
+            context.report.add("deleted", 5);
+            Err(JobError::Permanent("lost".to_owned()))
+        }));
+        daemon.job(definition("retrying"), work(|context: RunContext| async move {
+            context.report.add("deleted", 2);
+            Err(JobError::Transient("away".to_owned()))
+        }));
+        daemon.job(definition("panicking"), work(|context: RunContext| async move {
+            context.report.add("deleted", 7);
+            panic!("no luck")
+        }));
+        let began = Arc::new(Semaphore::new(0));
+        let told = began.clone();
+        daemon.job(definition("deaf"), work(move |context: RunContext| {
+            context.report.add("deleted", 11);
+            told.add_permits(1);
+            std::future::pending()
+        }));
+        daemon.start();
+        for (job, deleted) in [("failing", 5), ("retrying", 6), ("panicking", 7)] {
+            daemon.ask_for(job).await;
+            let runs = daemon.until(job, RunState::Failed, 1).await;
+            assert_eq!(runs[0].counts.get("deleted"), Some(&deleted), "{job}");
+        }
+        daemon.ask_for("deaf").await;
+        began.acquire().await.unwrap().forget();
+        daemon.abort.cancel();
+        daemon.drain().await;
+        let runs = daemon.runs("deaf").await;
+        assert_eq!((runs[0].state, runs[0].counts.get("deleted")), (RunState::Queued, Some(&11)));
+    }
+
+    async fn a_run_whose_end_is_refused_does_not_stay_at_work(db) {
+        let ledger = Faulty::new(&db.ledger, &[], &[]);
+        ledger.refusals.store(1, Ordering::Relaxed);
+        let faulty: Arc<dyn JobLedger> = ledger.clone();
+        let mut daemon = Daemon::new(&faulty, 1);
+        daemon.job(definition("job"), work(|_| async { Ok(report(1)) }));
+        daemon.start();
+        daemon.ask_for("job").await;
+        let runs = daemon.until("job", RunState::Succeeded, 1).await;
+        daemon.drain().await;
+        assert_eq!(runs[0].error.as_deref(), Some("how it ended could not be written; see the log"));
+    }
+
+    async fn a_run_never_begins_before_it_was_asked_for(db) {
+        let mut daemon = Daemon::new(&db.ledger, 1);
+        daemon.job(definition("job"), work(|_| async { Ok(report(1)) }));
+        daemon.start();
+        // Asked for by a daemon whose clock is ahead.
+        let asked = daemon.clock.now() + TimeDelta::minutes(1);
+        daemon.ledger.enqueue(RunId::generate(asked), "job", &subject("ops"), asked).await.unwrap();
+        daemon.pulse.wake();
+        let runs = daemon.until("job", RunState::Succeeded, 1).await;
+        daemon.drain().await;
+        assert!(runs[0].started_at.unwrap() >= runs[0].scheduled_at, "{runs:?}");
     }
 
     async fn a_transient_error_is_tried_again_on_the_same_row_within_the_backoff(db) {
@@ -681,6 +776,61 @@ fn of_the_times_that_come_during_a_run_one_runs_afterwards_where_they_queue() {
             let has_run = times.contains(&run.scheduled_at);
             assert_eq!(has_run, run.state != RunState::Skipped, "{run:?}");
         }
+        let mut rows: Vec<_> = runs.iter().map(|run| run.scheduled_at).collect();
+        rows.sort();
+        for pair in rows.windows(2) {
+            assert_eq!(pair[1] - pair[0], TimeDelta::milliseconds(200), "no row");
+        }
+    });
+}
+
+/// Each run takes longer than the interval, so that a time always waits.
+#[test]
+fn the_thirtieth_time_that_queued_stands_no_deeper_in_the_stack_than_the_second() {
+    alone(async |db| {
+        let ledger = Faulty::new(&db.ledger, &[], &[]);
+        let faulty: Arc<dyn JobLedger> = ledger.clone();
+        let mut daemon = Daemon::new(&faulty, 1);
+        let mut queueing = every(100, "job");
+        queueing.overlap = Overlap::Queue;
+        daemon.job(
+            queueing,
+            work(|_| async {
+                tokio::time::sleep(Duration::from_millis(130)).await;
+                Ok(report(1))
+            }),
+        );
+        daemon.start();
+        daemon.until("job", RunState::Succeeded, 30).await;
+        daemon.drain().await;
+        let depths = ledger.depths.lock().unwrap();
+        let spread = depths
+            .iter()
+            .flat_map(|(thread, depth)| {
+                let same = depths.iter().filter(move |(other, _)| other == thread);
+                same.map(|(_, other)| depth.abs_diff(*other))
+            })
+            .max()
+            .unwrap();
+        assert!(spread < 4096, "{spread} bytes apart");
+    });
+}
+
+#[test]
+fn a_skipped_time_is_recorded_although_the_database_was_away() {
+    alone(async |db| {
+        let faulty: Arc<dyn JobLedger> = Faulty::new(&db.ledger, &[("record", 1)], &[]);
+        let mut daemon = Daemon::new(&faulty, 1);
+        daemon.job(
+            every(200, "job"),
+            work(|context: RunContext| async move {
+                context.stop.cancelled().await;
+                Ok(report(1))
+            }),
+        );
+        daemon.start();
+        let runs = daemon.until("job", RunState::Skipped, 7).await;
+        daemon.drain().await;
         let mut rows: Vec<_> = runs.iter().map(|run| run.scheduled_at).collect();
         rows.sort();
         for pair in rows.windows(2) {
