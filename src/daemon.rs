@@ -1,7 +1,7 @@
 //! The composition: configuration → storage → hub → jobs → API. Nothing else knows everything.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::io::{self, ErrorKind, Read as _, Seek as _, Write as _};
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -89,20 +89,24 @@ impl Daemon {
         let access = Arc::new(access(&config)?);
         let mailer = Mailer::new(&config.mail).context("cannot set up mail")?;
         if storage.is_exclusive() {
-            // Nobody else holds this file: whatever is claimed was left by a daemon that is gone.
+            // Nobody else holds this file: what runs was left by a daemon that is gone.
             let runs = storage
                 .ledger
                 .recover()
                 .await
                 .context("cannot take over what was left")?;
-            storage
-                .exports
-                .release(None)
-                .await
-                .context("cannot take over what was left")?;
             if runs > 0 {
                 tracing::warn!(runs, "took over runs that a daemon before this one left");
             }
+        }
+        let daemon = RunId::generate(clock.now()).uuid();
+        if let Some(lock) = &lock {
+            // Only its own claims: a command may be at work beside, and its mails would go out twice.
+            if let Some(before) = holder(lock).context("cannot read who held the database")? {
+                let release = storage.exports.release(before);
+                release.await.context("cannot take over what was left")?;
+            }
+            sign(lock, daemon).context("cannot write who holds the database")?;
         }
         let listener = listen(config.http.listen, "http.listen", "TIMELINED__HTTP__LISTEN").await?;
         let address = listener
@@ -116,7 +120,6 @@ impl Daemon {
             .as_ref()
             .and_then(|listener| listener.local_addr().ok());
 
-        let daemon = RunId::generate(clock.now()).uuid();
         let tracker = TaskTracker::new();
         let writers = TaskTracker::new();
         let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
@@ -520,6 +523,7 @@ pub fn make_private_directory(path: &Path) -> anyhow::Result<()> {
 fn lock_database(path: &Path) -> anyhow::Result<File> {
     let lock = PathBuf::from(format!("{}.lock", path.display()));
     let file = OpenOptions::new()
+        .read(true)
         .write(true)
         .create(true)
         .truncate(false)
@@ -536,6 +540,21 @@ fn lock_database(path: &Path) -> anyhow::Result<File> {
             Err(error).with_context(|| format!("cannot lock {}", lock.display()))
         }
     }
+}
+
+/// The daemon that held the database last, by what it wrote into the lock.
+fn holder(mut lock: &File) -> io::Result<Option<Uuid>> {
+    let mut text = String::new();
+    lock.read_to_string(&mut text)?;
+    // Empty before the first daemon, or half written at a loss of power: its claims lapse.
+    Ok(text.trim().parse().ok())
+}
+
+/// Writes who holds the database.
+fn sign(mut lock: &File, daemon: Uuid) -> io::Result<()> {
+    lock.rewind()?;
+    lock.set_len(0)?;
+    writeln!(lock, "{daemon}")
 }
 
 async fn listen(at: SocketAddr, key: &str, variable: &str) -> anyhow::Result<TcpListener> {

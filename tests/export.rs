@@ -31,7 +31,8 @@ use timelined::mail::{Mailer, MailerError};
 use timelined::storage::sqlite::SqliteStorage;
 use timelined::storage::{
     ClaimedDelivery, DeliveryOutcome, DeliveryState, Export, ExportRequest, ExportState,
-    ExportStore, Key, NewExport, Recording, Rendered, Slice, Storage, StorageError, StorageResult,
+    ExportStore, Key, NewExport, OldFile, Recording, Rendered, Slice, Storage, StorageError,
+    StorageResult,
 };
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinHandle;
@@ -175,8 +176,10 @@ async fn fifty_thousand_events_are_written_each_once() {
         home.record(events.collect()).await;
     }
     let id = home.order(&[]).await;
+    let began = Instant::now();
     let worker = home.start();
     let export = home.until(id, |e| e.state == ExportState::Done).await;
+    eprintln!("50,000 rows in {:?}", began.elapsed());
     let rows = parse(&std::fs::read(home.file(&export)).unwrap());
     assert_eq!((export.rows, rows.len()), (50_000, 50_000));
     assert!(rows.is_sorted_by(|a, b| a["occurred_at"] < b["occurred_at"]));
@@ -189,18 +192,53 @@ async fn an_expired_export_loses_its_file_and_an_unfinished_one_goes_at_the_star
     let home = Home::new("").await;
     let directory = home.path().join("exports");
     std::fs::create_dir(&directory).unwrap();
-    std::fs::write(directory.join("left.csv.part"), "half").unwrap();
+    let left = std::fs::File::create(directory.join("left.csv.part")).unwrap();
+    let created = left.metadata().unwrap().modified().unwrap();
+    left.set_modified(created - Duration::from_mins(2)).unwrap();
+    // Another process is at work on this one.
+    std::fs::write(directory.join("written.csv.part"), "half").unwrap();
     home.record(vec![note()]).await;
     let id = home.order(&[]).await;
     let worker = home.start();
     let export = home.until(id, |e| e.state == ExportState::Done).await;
-    assert!(!directory.join("left.csv.part").exists());
+    eventually(|| !directory.join("left.csv.part").exists()).await;
+    assert!(directory.join("written.csv.part").exists());
     let file = home.file(&export);
     assert!(file.exists());
     home.advance(TimeDelta::days(7));
     let export = home.until(id, |e| e.state == ExportState::Expired).await;
     assert_eq!(export.file_name, None);
     eventually(|| !file.exists()).await;
+    worker.end().await;
+}
+
+#[tokio::test]
+async fn a_crash_between_a_files_end_and_its_row_forgets_no_file() {
+    let home = Home::new("").await;
+    home.record(vec![note()]).await;
+    let id = home.order(&[]).await;
+    let worker = home.start();
+    let export = home.until(id, |e| e.state == ExportState::Done).await;
+    worker.end().await;
+    home.advance(TimeDelta::days(7));
+    let crashing = home.start_on(Arc::new(Hooked {
+        inner: home.storage.exports.clone(),
+        calls: AtomicU32::new(0),
+        before: Box::new(|_| async { Ok(()) }.boxed()),
+        dies_before_expire: true,
+    }));
+    let died = tokio::time::timeout(PATIENCE, crashing.task).await;
+    assert!(died.unwrap().unwrap_err().is_panic());
+    let file = home.file(&export);
+    let left = home.export(id).await;
+    assert!(!file.exists());
+    assert_eq!(
+        left.file_name, export.file_name,
+        "the next start looks again"
+    );
+    let worker = home.start();
+    let expired = home.until(id, |e| e.state == ExportState::Expired).await;
+    assert_eq!(expired.file_name, None);
     worker.end().await;
 }
 
@@ -232,10 +270,11 @@ async fn a_worker_killed_midway_loses_nothing_once_its_claims_are_released() {
     let (gate, store) = home.gated();
     let killed = home.start_on(store);
     gate.reached(2).await;
+    let dead = killed.id;
     killed.kill().await;
     assert_eq!(home.export(id).await.state, ExportState::Running);
 
-    home.storage.exports.release(None).await.unwrap();
+    home.storage.exports.release(dead).await.unwrap();
     let worker = home.start();
     let export = home.until(id, |e| e.state == ExportState::Done).await;
     assert_eq!((export.rows, export.attempt), (2500, 1));
@@ -282,7 +321,7 @@ async fn a_lost_claim_ends_rendering_and_removes_the_unfinished_file() {
     let worker = home.start_on(store);
     gate.reached(2).await;
     let other = Uuid::from_u128(2);
-    home.storage.exports.release(None).await.unwrap();
+    home.storage.exports.release(worker.id).await.unwrap();
     let taken = home
         .storage
         .exports
@@ -520,7 +559,7 @@ async fn an_interrupted_mail_is_given_up_where_the_configuration_says_so() {
         .await
         .unwrap();
     assert_eq!(claimed.unwrap().delivery.state, DeliveryState::Pending);
-    exports.release(Some(dying)).await.unwrap();
+    exports.release(dying).await.unwrap();
     let worker = home.start();
     home.until_state(id, DeliveryState::Dead).await;
     assert_eq!(server.mails().len(), 0);
@@ -943,11 +982,12 @@ impl Home {
 
     fn start_on(&self, store: Arc<dyn ExportStore>) -> Worker {
         static WORKERS: AtomicU32 = AtomicU32::new(100);
+        let id = Uuid::from_u128(WORKERS.fetch_add(1, Ordering::SeqCst).into());
         let settings = Settings {
             directory: self.config.export.directory.clone(),
             keep: self.config.export.keep,
             public_url: "https://crm.example.com".to_owned(),
-            worker: Uuid::from_u128(WORKERS.fetch_add(1, Ordering::SeqCst).into()),
+            worker: id,
             from: self.config.mail.from.clone(),
             max_attachment: self.config.mail.max_attachment,
             uncertain: self.config.mail.uncertain,
@@ -957,7 +997,12 @@ impl Home {
         let exporter = Exporter::new(store, mailer, clock, settings, self.wake.clone());
         let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
         let task = TaskTracker::new().spawn(exporter.run(stop.clone(), abort.clone()));
-        Worker { task, stop, abort }
+        Worker {
+            id,
+            task,
+            stop,
+            abort,
+        }
     }
 
     /// A store that runs `before` ahead of each page, which it tells the number of.
@@ -969,6 +1014,7 @@ impl Home {
             inner: self.storage.exports.clone(),
             calls: AtomicU32::new(0),
             before: Box::new(before),
+            dies_before_expire: false,
         })
     }
 
@@ -1026,6 +1072,7 @@ impl Gate {
 
 /// An exporter at work.
 struct Worker {
+    id: Uuid,
     task: JoinHandle<()>,
     stop: CancellationToken,
     abort: CancellationToken,
@@ -1052,6 +1099,7 @@ struct Hooked {
     inner: Arc<dyn ExportStore>,
     calls: AtomicU32,
     before: Box<dyn Fn(u32) -> BoxFuture<'static, StorageResult<()>> + Send + Sync>,
+    dies_before_expire: bool,
 }
 
 #[async_trait]
@@ -1067,10 +1115,11 @@ impl ExportStore for Hooked {
     async fn list(
         &self,
         tenant: &TenantId,
+        audiences: &[Audience],
         before: Option<ExportId>,
         limit: u32,
     ) -> StorageResult<Vec<Export>> {
-        self.inner.list(tenant, before, limit).await
+        self.inner.list(tenant, audiences, before, limit).await
     }
 
     async fn claim_render(
@@ -1138,12 +1187,17 @@ impl ExportStore for Hooked {
             .await
     }
 
-    async fn release(&self, worker: Option<Uuid>) -> StorageResult<()> {
+    async fn release(&self, worker: Uuid) -> StorageResult<()> {
         self.inner.release(worker).await
     }
 
-    async fn expire(&self, now: DateTime<Utc>, limit: u32) -> StorageResult<Vec<String>> {
-        self.inner.expire(now, limit).await
+    async fn old_files(&self, now: DateTime<Utc>, limit: u32) -> StorageResult<Vec<OldFile>> {
+        self.inner.old_files(now, limit).await
+    }
+
+    async fn expire(&self, files: &[OldFile]) -> StorageResult<()> {
+        assert!(!self.dies_before_expire, "killed");
+        self.inner.expire(files).await
     }
 
     async fn rows(

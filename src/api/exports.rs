@@ -22,7 +22,7 @@ use crate::access::{Identity, Role};
 use crate::domain::{
     Audience, Category, Clock, ContactId, ExportId, Fault, format_time, parse_time,
 };
-use crate::export::{Format, REDACTABLE, message_ids};
+use crate::export::{Format, REDACTABLE, file_path, message_ids};
 use crate::storage::{Export, ExportRequest, ExportState, ExportStore, NewExport};
 
 /// Recipients of one export.
@@ -257,21 +257,24 @@ async fn list(
     let limit = params.number("limit", 1..=200)?.unwrap_or(50);
     let before: Option<ExportId> = params.get("cursor")?;
     params.finish()?;
-    let mut exports = api.exports.list(&reader.tenant, before, limit + 1).await?;
+    let listed = api
+        .exports
+        .list(&reader.tenant, audiences(role), before, limit + 1);
+    let mut exports = listed.await?;
     let has_more = exports.len() > limit as usize;
     exports.truncate(limit as usize);
     let next_cursor = exports.last().filter(|_| has_more).map(|export| export.id);
-    let exports: Vec<Value> = exports
-        .iter()
-        .filter(|export| may_see(role, export))
-        .map(show)
-        .collect();
+    let exports: Vec<Value> = exports.iter().map(show).collect();
     Ok(JsonBody(json!({ "exports": exports, "next_cursor": next_cursor })).into_response())
 }
 
-/// An export for audit shows what agents may not see.
-fn may_see(role: Role, export: &Export) -> bool {
-    role == Role::Service || export.request.audience != Audience::Audit
+/// Whose exports a role may see: one for audit shows what agents may not see.
+fn audiences(role: Role) -> &'static [Audience] {
+    if role == Role::Service {
+        &[Audience::Client, Audience::Agent, Audience::Audit]
+    } else {
+        &[Audience::Client, Audience::Agent]
+    }
 }
 
 async fn find(api: &ExportsApi, identity: Identity, id: ExportId) -> Result<Export, Problem> {
@@ -279,7 +282,7 @@ async fn find(api: &ExportsApi, identity: Identity, id: ExportId) -> Result<Expo
     let reader = reader(identity, STAFF)?;
     let export = api.exports.find(&reader.tenant, id).await?;
     export
-        .filter(|export| may_see(role, export))
+        .filter(|export| audiences(role).contains(&export.request.audience))
         .ok_or_else(|| Problem::not_found("there is no such export"))
 }
 
@@ -345,7 +348,14 @@ async fn file(
             ),
         });
     };
-    let path = api.directory.join(name);
+    if export.expires_at.is_some_and(|at| at <= api.clock.now()) {
+        // The file may be gone already, while the row does not say so yet.
+        return Err(Problem::gone("the file has expired"));
+    }
+    let path = file_path(&api.directory, name).ok_or_else(|| {
+        tracing::error!(export.id = %id, "the row of an export names no file");
+        Problem::internal()
+    })?;
     let file = tokio::fs::File::open(&path).await.map_err(|error| {
         tracing::error!(export.id = %id, %error, "the file of an export cannot be opened");
         Problem::internal()

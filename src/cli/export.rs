@@ -17,7 +17,7 @@ use super::{Done, Failure, Global, clock, load, open, print, say};
 use crate::config::Config;
 use crate::daemon::export_settings;
 use crate::domain::{Audience, Category, ContactId, ExportId, Subject, TenantId};
-use crate::export::{Exporter, Format, REDACTABLE, message_ids};
+use crate::export::{Exporter, Format, REDACTABLE, file_path, message_ids};
 use crate::mail::Mailer;
 use crate::storage::{DeliveryState, Export, ExportRequest, ExportState, NewExport, Storage};
 
@@ -192,7 +192,7 @@ async fn finish(global: &Global, options: &Options, config: &Config, export: &Ex
         .file_name
         .as_deref()
         .context("the export has no file")?;
-    let file = config.export.directory.join(name);
+    let file = file_path(&config.export.directory, name).context("the export has no file")?;
     if output.as_os_str() == "-" {
         let mut source = std::fs::File::open(&file)?;
         match std::io::copy(&mut source, &mut std::io::stdout().lock()) {

@@ -1,7 +1,6 @@
 //! Mailing: one mail at a time, and what its outcome means for the next attempt.
 
 use std::panic::AssertUnwindSafe;
-use std::path::Path;
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -10,7 +9,7 @@ use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
 
 use super::letter::{Placement, Reason, Stationery, compose};
-use super::{Duty, Exporter, Step, after, locked};
+use super::{Duty, Exporter, Step, after, file_path, locked};
 use crate::config::Uncertain;
 use crate::mail::Outcome;
 use crate::storage::{
@@ -119,8 +118,9 @@ impl Exporter {
         if export.bytes.is_some_and(|bytes| bytes > limit) {
             return Ok(Placement::Linked(Reason::Larger(limit)));
         }
-        let name = Path::new(file_name).file_name().unwrap_or_default();
-        let content = tokio::fs::read(self.settings.directory.join(name)).await?;
+        let path = file_path(&self.settings.directory, file_name)
+            .ok_or_else(|| std::io::Error::other("its row names no file"))?;
+        let content = tokio::fs::read(path).await?;
         Ok(Placement::Attached(content))
     }
 

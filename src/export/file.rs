@@ -1,12 +1,14 @@
-//! The file of an export while it is written: `<name>.part`, hashed on the way, and whole or not
+//! The file of an export while it is written: `<export>.<worker>.part`, hashed on the way, and whole or not
 //! there at all. Everything here blocks: for `spawn_blocking`.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
+use uuid::Uuid;
 
 const SUFFIX: &str = ".part";
 
@@ -16,8 +18,7 @@ pub(super) struct PartFile {
     file: File,
     /// None once it has its final name.
     part: Option<PathBuf>,
-    directory: PathBuf,
-    name: String,
+    whole: PathBuf,
     hash: Sha256,
     bytes: u64,
 }
@@ -31,13 +32,16 @@ pub(super) struct Written {
 }
 
 impl PartFile {
-    /// Begins `name` in `directory`, which is made 0700 if need be; in place of an earlier attempt.
-    pub(super) fn create(directory: &Path, name: &str) -> io::Result<Self> {
+    /// Begins `name` in `directory`, which is made 0700 if need be; in place of an earlier attempt of
+    /// this worker. Another that lost its claim may still write the same export: each has a part of
+    /// its own.
+    pub(super) fn create(directory: &Path, name: &str, worker: Uuid) -> io::Result<Self> {
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(directory)?;
-        let part = directory.join(format!("{name}{SUFFIX}"));
+        let whole = directory.join(name);
+        let part = whole.with_extension(format!("{worker}{SUFFIX}"));
         remove(&part)?;
         let file = OpenOptions::new()
             .write(true)
@@ -47,8 +51,7 @@ impl PartFile {
         Ok(Self {
             file,
             part: Some(part),
-            directory: directory.to_owned(),
-            name: name.to_owned(),
+            whole,
             hash: Sha256::new(),
             bytes: 0,
         })
@@ -65,10 +68,12 @@ impl PartFile {
     pub(super) fn finish(mut self) -> io::Result<Written> {
         self.file.sync_all()?;
         if let Some(part) = &self.part {
-            fs::rename(part, self.directory.join(&self.name))?;
+            fs::rename(part, &self.whole)?;
         }
         self.part = None;
-        File::open(&self.directory)?.sync_all()?;
+        if let Some(directory) = self.whole.parent() {
+            File::open(directory)?.sync_all()?;
+        }
         let hash = std::mem::take(&mut self.hash).finalize();
         Ok(Written {
             bytes: self.bytes,
@@ -82,13 +87,14 @@ impl Drop for PartFile {
         if let Some(part) = &self.part
             && let Err(error) = remove(part)
         {
-            tracing::warn!(%error, "an unfinished export stays in the export directory until the next start");
+            tracing::warn!(%error, "an unfinished export stays in the export directory until it is swept");
         }
     }
 }
 
-/// Removes what a crash left unfinished. Answers how many there were.
-pub(super) fn sweep(directory: &Path) -> io::Result<u64> {
+/// Removes what a crash left unfinished: parts to which nothing was added for longer than
+/// `abandoned`. Answers how many there were.
+pub(super) fn sweep(directory: &Path, abandoned: Duration) -> io::Result<u64> {
     let entries = match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
         entries => entries?,
@@ -96,7 +102,16 @@ pub(super) fn sweep(directory: &Path) -> io::Result<u64> {
     let mut removed = 0;
     for entry in entries {
         let entry = entry?;
-        if entry.file_name().to_string_lossy().ends_with(SUFFIX) {
+        if !entry.file_name().to_string_lossy().ends_with(SUFFIX) {
+            continue;
+        }
+        let age = match entry.metadata() {
+            // It has just been finished.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            // One from the future is young.
+            metadata => metadata?.modified()?.elapsed().unwrap_or_default(),
+        };
+        if age > abandoned {
             remove(&entry.path())?;
             removed += 1;
         }
@@ -122,7 +137,7 @@ mod tests {
     fn a_finished_file_is_its_owners_and_bears_the_hash_of_its_content() {
         let home = tempfile::tempdir().unwrap();
         let directory = home.path().join("exports");
-        let mut file = PartFile::create(&directory, "a.csv").unwrap();
+        let mut file = PartFile::create(&directory, "a.csv", Uuid::nil()).unwrap();
         file.append(b"ab").unwrap();
         file.append(b"c").unwrap();
         let written = file.finish().unwrap();
@@ -141,12 +156,22 @@ mod tests {
     #[test]
     fn an_unfinished_file_goes_when_it_is_dropped_and_a_left_one_by_the_sweep() {
         let home = tempfile::tempdir().unwrap();
-        drop(PartFile::create(home.path(), "a.csv").unwrap());
-        assert_eq!(fs::read_dir(home.path()).unwrap().count(), 0);
-        fs::write(home.path().join("b.csv.part"), "left").unwrap();
-        fs::write(home.path().join("c.csv"), "whole").unwrap();
-        assert_eq!(sweep(home.path()).unwrap(), 1);
-        assert!(home.path().join("c.csv").exists());
-        assert_eq!(sweep(&home.path().join("nowhere")).unwrap(), 0);
+        let home = home.path();
+        let part = |worker| PartFile::create(home, "a.csv", Uuid::from_u128(worker)).unwrap();
+        drop(part(1));
+        assert_eq!(fs::read_dir(home).unwrap().count(), 0);
+        let minute = Duration::from_mins(1);
+        let left = part(2);
+        let modified = left.file.metadata().unwrap().modified().unwrap();
+        left.file.set_modified(modified - 2 * minute).unwrap();
+        let mut written = part(3);
+        written.append(b"whole").unwrap();
+        assert_eq!(sweep(home, minute).unwrap(), 1);
+        // Neither the sweep nor the end of another's attempt takes it away.
+        drop(left);
+        written.finish().unwrap();
+        assert_eq!(fs::read(home.join("a.csv")).unwrap(), b"whole");
+        assert_eq!(fs::read_dir(home).unwrap().count(), 1);
+        assert_eq!(sweep(&home.join("nowhere"), minute).unwrap(), 0);
     }
 }

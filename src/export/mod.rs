@@ -104,6 +104,13 @@ impl Format {
     }
 }
 
+/// Where the file of that name lies. Rows may come from elsewhere, and a name must not lead out of
+/// the directory: `None` where it names no file.
+#[must_use]
+pub fn file_path(directory: &Path, name: &str) -> Option<PathBuf> {
+    Some(directory.join(Path::new(name).file_name()?))
+}
+
 /// What an [`Exporter`] is told by the configuration.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -184,7 +191,6 @@ impl Exporter {
     /// Serves until `stop`; then rendering ends at the next page and a mail in flight within its
     /// timeouts. `abort` ends at once. Either way what is claimed is given back.
     pub async fn run(self, stop: CancellationToken, abort: CancellationToken) {
-        self.sweep().await;
         let serve = async {
             tokio::join!(
                 self.serve(Duty::Render, &stop),
@@ -268,7 +274,7 @@ impl Exporter {
         Ok(Step::Worked)
     }
 
-    /// Deletes the files that are past their time.
+    /// Deletes the files that are past their time, and what crashes left unfinished.
     async fn expire(&self) -> StorageResult<Step> {
         let now = self.clock.now();
         let is_early = locked(&self.expired_at)
@@ -277,16 +283,18 @@ impl Exporter {
         if is_early {
             return Ok(Step::Idle);
         }
-        let names = self.store.expire(now, EXPIRY_BATCH).await?;
-        let count = names.len();
-        for name in names {
-            // Rows may come from elsewhere, and a name must not lead out of the directory.
-            let Some(name) = Path::new(&name).file_name() else {
+        self.sweep().await;
+        let old = self.store.old_files(now, EXPIRY_BATCH).await?;
+        let mut gone = Vec::with_capacity(old.len());
+        for file in old {
+            let Some(path) = file_path(&self.settings.directory, &file.name) else {
+                // It names no file, hence nothing is left of it.
+                gone.push(file);
                 continue;
             };
-            let path = self.settings.directory.join(name);
             match spawn_blocking(move || file::remove(&path)).await {
-                Ok(Ok(())) => {}
+                Ok(Ok(())) => gone.push(file),
+                // Its name stays in the queue, and it is tried again.
                 Ok(Err(error)) => {
                     tracing::warn!(%error, "an expired export's file could not be deleted");
                 }
@@ -295,9 +303,12 @@ impl Exporter {
                 }
             }
         }
+        let count = gone.len();
         if count > 0 {
+            self.store.expire(&gone).await?;
             tracing::info!(count, "deleted the files of {count} expired exports");
         }
+        // Where a file withstands, the next round comes in a minute.
         if count == EXPIRY_BATCH as usize {
             return Ok(Step::Worked);
         }
@@ -305,9 +316,12 @@ impl Exporter {
         Ok(Step::Idle)
     }
 
+    /// Removes what crashes left unfinished. Another worker may be at work in the directory, such as
+    /// `timelined export` beside a daemon: what it writes changes while its claim lasts.
     async fn sweep(&self) {
         let directory = self.settings.directory.clone();
-        match spawn_blocking(move || file::sweep(&directory)).await {
+        let abandoned = render::CLAIM.to_std().unwrap_or_default();
+        match spawn_blocking(move || file::sweep(&directory, abandoned)).await {
             Ok(Ok(0)) => {}
             Ok(Ok(removed)) => tracing::info!(removed, "removed unfinished exports"),
             Ok(Err(error)) => {
@@ -318,7 +332,7 @@ impl Exporter {
     }
 
     async fn release(&self) {
-        let release = self.store.release(Some(self.settings.worker));
+        let release = self.store.release(self.settings.worker);
         match timeout(RELEASE, release).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => {
@@ -378,6 +392,18 @@ fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_name_leads_out_of_the_directory() {
+        let path = |name| file_path(Path::new("/exports"), name);
+        let inside = Some(PathBuf::from("/exports/a.csv"));
+        for name in ["a.csv", "../a.csv", "/etc/a.csv", "x/../a.csv"] {
+            assert_eq!(path(name), inside, "{name}");
+        }
+        for name in ["", "..", "/", "a/.."] {
+            assert_eq!(path(name), None, "{name}");
+        }
+    }
 
     #[test]
     fn an_unknown_format_is_told_the_known_ones() {

@@ -4,7 +4,6 @@
 //! other without a snapshot held open for minutes; memory holds one page.
 
 use std::panic::AssertUnwindSafe;
-use std::path::Path;
 use std::sync::Arc;
 
 use chrono::TimeDelta;
@@ -19,8 +18,8 @@ use crate::domain::UnknownKind;
 use crate::storage::{Export, Rendered, StorageError, StorageResult};
 use crate::telemetry::chain;
 
-/// Events in a page: some 1 MB, read in a few milliseconds.
-const PAGE: u32 = 1000;
+/// Events in a page: some 200 KB as a rule, and 32 MB where each is as large as it may be.
+const PAGE: u32 = 200;
 /// How long a claim lasts unless a page renews it; a page takes seconds at the very worst.
 pub(super) const CLAIM: TimeDelta = TimeDelta::seconds(60);
 
@@ -202,8 +201,9 @@ impl Exporter {
 
     async fn begin(&self, name: &str, sheet: Arc<Sheet>) -> Result<PartFile, RenderError> {
         let (directory, name) = (self.settings.directory.clone(), name.to_owned());
+        let worker = self.settings.worker;
         let begun = spawn_blocking(move || {
-            let mut file = PartFile::create(Path::new(&directory), &name)?;
+            let mut file = PartFile::create(&directory, &name, worker)?;
             file.append(&sheet.header())?;
             Ok::<_, std::io::Error>(file)
         });

@@ -7,8 +7,8 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::StorageResult;
 use super::ledger::optional_time;
+use super::{StorageError, StorageResult};
 use crate::domain::{Audience, Category, ContactId, ExportId, Subject, TenantId};
 
 crate::domain::closed_set!(
@@ -172,6 +172,17 @@ pub struct Rendered {
     pub expires_at: DateTime<Utc>,
 }
 
+/// A file that is past its time. Its export need not be readable, hence plain values.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OldFile {
+    /// The tenant.
+    pub tenant: String,
+    /// The export.
+    pub export: Uuid,
+    /// The file's name in the export directory.
+    pub name: String,
+}
+
 /// A mail that the caller is to send.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ClaimedDelivery {
@@ -204,6 +215,17 @@ pub enum DeliveryOutcome {
         /// What went wrong.
         error: String,
     },
+}
+
+/// What is written to a row of the queue that cannot be read; any other error is the caller's.
+pub(super) fn unreadable(error: StorageError) -> StorageResult<String> {
+    match error {
+        StorageError::Corrupt { .. } => {
+            tracing::error!(%error, "an export cannot be read and fails; the queue goes on");
+            Ok(error.to_string())
+        }
+        other => Err(other),
+    }
 }
 
 /// The ids that answer [`ExportStore::create`]: of those that were `added`, and of those that were
@@ -265,15 +287,17 @@ pub trait ExportStore: Send + Sync + 'static {
     /// One export with its deliveries.
     async fn find(&self, tenant: &TenantId, id: ExportId) -> StorageResult<Option<Export>>;
 
-    /// A tenant's exports, newest first, behind `before`.
+    /// A tenant's exports for one of `audiences`, newest first, behind `before`.
     async fn list(
         &self,
         tenant: &TenantId,
+        audiences: &[Audience],
         before: Option<ExportId>,
         limit: u32,
     ) -> StorageResult<Vec<Export>>;
 
-    /// Takes the export that has waited longest for rendering, and counts an attempt.
+    /// Takes the export that has waited longest for rendering, and counts an attempt. One that
+    /// cannot be read fails, and the next is taken.
     async fn claim_render(
         &self,
         worker: Uuid,
@@ -307,7 +331,8 @@ pub trait ExportStore: Send + Sync + 'static {
         now: DateTime<Utc>,
     ) -> StorageResult<()>;
 
-    /// Takes the mail that has been due longest, and counts an attempt.
+    /// Takes the mail that has been due longest, and counts an attempt. One that cannot be read is
+    /// dead, and the next is taken.
     async fn claim_delivery(
         &self,
         worker: Uuid,
@@ -324,13 +349,15 @@ pub trait ExportStore: Send + Sync + 'static {
         now: DateTime<Utc>,
     ) -> StorageResult<()>;
 
-    /// Gives back at once what `worker` holds, without counting the attempt; `None`: what anyone
-    /// holds, for a database that one daemon alone holds.
-    async fn release(&self, worker: Option<Uuid>) -> StorageResult<()>;
+    /// Gives back at once what `worker` holds, without counting the attempt.
+    async fn release(&self, worker: Uuid) -> StorageResult<()>;
 
-    /// Marks exports whose file is past its time as expired. Answers the files to delete, with
-    /// their tenant.
-    async fn expire(&self, now: DateTime<Utc>, limit: u32) -> StorageResult<Vec<String>>;
+    /// The files that are past their time. Whoever asks deletes them and then says so to
+    /// [`ExportStore::expire`]: in this order, since a file whose name is forgotten stays for ever.
+    async fn old_files(&self, now: DateTime<Utc>, limit: u32) -> StorageResult<Vec<OldFile>>;
+
+    /// Marks exports as expired, whose files are gone.
+    async fn expire(&self, files: &[OldFile]) -> StorageResult<()>;
 
     /// One page of what an export holds, oldest first, behind `after`: a short read of its own.
     async fn rows(

@@ -24,7 +24,7 @@ pub use events::{
 };
 pub use exports::{
     ClaimedDelivery, DeliveryOutcome, DeliveryState, Export, ExportDelivery, ExportRequest,
-    ExportState, ExportStore, NewExport, Rendered,
+    ExportState, ExportStore, NewExport, OldFile, Rendered,
 };
 pub use ledger::{Claim, Counts, Finish, JobLedger, Run, RunState, Trigger};
 pub use rows::unreadable_rows;

@@ -13,7 +13,7 @@ use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use super::events::{Key, KnownKey, Receipt, Slice, Undelivered};
-use super::exports::{Export, ExportDelivery, ExportRequest};
+use super::exports::{Export, ExportDelivery, ExportRequest, OldFile};
 use super::ledger::Run;
 use super::{StorageError, StorageResult};
 use crate::domain::{
@@ -314,6 +314,19 @@ pub(super) fn export<R: Columns>(row: &R) -> StorageResult<Export> {
         file_name: row.maybe_text("file_name")?,
         error: row.maybe_text("error")?,
         deliveries: Vec::new(),
+    })
+}
+
+/// Reads what is to be known of a file to delete it.
+pub(super) fn old_file<R: Columns>(row: &R) -> StorageResult<OldFile> {
+    let row = Reader {
+        row,
+        table: "exports",
+    };
+    Ok(OldFile {
+        tenant: row.text("tenant_id")?,
+        export: row.some("id", row.row.uuid("id"))?,
+        name: row.text("file_name")?,
     })
 }
 

@@ -346,6 +346,58 @@ async fn a_stop_while_the_mail_server_stalls_ends_in_time_and_the_mail_goes_out_
     assert_eq!(mails(&daemon), 1);
 }
 
+#[tokio::test]
+async fn a_killed_daemons_mail_goes_out_at_the_next_start_and_a_commands_stays_its_own() {
+    let stalling = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = stalling.local_addr().unwrap().port();
+    let smtp = format!(
+        "[mail]\nsmtp = {{ host = \"127.0.0.1\", port = {port}, tls = \"none\", timeout = \"1m\" }}\n"
+    );
+    let settings = Settings::new().config(&smtp);
+    let mut daemon = settings.start();
+    let path = format!("/api/v1/contacts/{CONTACT}/exports");
+    let to = ["ana@example.com", "bob@example.com"];
+    let order = json!({ "format": "csv", "audience": "agent", "to": to });
+    let (status, export) = daemon.post(&path, &service("acme"), &order).await;
+    assert_eq!(status, 202, "{export}");
+    let (_line, _) = tokio::time::timeout(PATIENCE, stalling.accept())
+        .await
+        .unwrap()
+        .unwrap();
+    daemon.kill();
+    let file =
+        sqlx::sqlite::SqliteConnectOptions::new().filename(daemon.state.join("timelined.db"));
+    let pool = sqlx::sqlite::SqlitePool::connect_with(file).await.unwrap();
+    let until = (SystemClock.now() + TimeDelta::hours(1)).timestamp_micros();
+    // The mail that waits is taken by `timelined export`.
+    sqlx::query(
+        "update export_deliveries set state = 'sending', claimed_by = $1, claimed_until = $2
+         where state = 'pending'",
+    )
+    .bind(uuid::Uuid::from_u128(9).to_string())
+    .bind(until)
+    .execute(&pool)
+    .await
+    .unwrap();
+    pool.close().await;
+    let daemon = settings.config("[mail]\ndirectory = \"outbox\"\n").start();
+    let href = export["href"].as_str().unwrap();
+    eventually("one mail goes out", PATIENCE, async || {
+        daemon.get(href, &service("acme")).await.1["state"] == "done"
+    })
+    .await;
+    let export = daemon.get(href, &service("acme")).await.1;
+    let mut states: Vec<_> = export["deliveries"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|mail| mail["state"].as_str().unwrap())
+        .collect();
+    states.sort_unstable();
+    assert_eq!(states, ["sending", "sent"]);
+    assert_eq!(mails(&daemon), 1);
+}
+
 fn mails(daemon: &TestDaemon) -> usize {
     let Ok(directory) = std::fs::read_dir(daemon.state.join("outbox")) else {
         return 0;

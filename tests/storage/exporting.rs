@@ -231,7 +231,7 @@ conformance! {
         ids.reverse();
         let (mut found, mut before) = (Vec::new(), None);
         loop {
-            let page = db.exports.list(&acme(), before, 3).await.unwrap();
+            let page = db.exports.list(&acme(), Audience::ALL, before, 3).await.unwrap();
             assert!(page.len() <= 3);
             let Some(last) = page.last() else { break };
             before = Some(last.id);
@@ -241,7 +241,7 @@ conformance! {
             found.extend(page.iter().map(|export| export.id));
         }
         assert_eq!(found, ids);
-        assert_eq!(db.exports.list(&globex(), None, 9).await.unwrap().len(), 1);
+        assert_eq!(db.exports.list(&globex(), Audience::ALL, None, 9).await.unwrap().len(), 1);
     }
 
     async fn the_export_that_waited_longest_is_rendered_first(db) {
@@ -476,9 +476,9 @@ conformance! {
     async fn a_worker_that_stops_gives_back_what_it_holds_at_once(db) {
         let render = create(db, request(&[])).await;
         let claimed = db.exports.claim_render(worker(1), t0(), t0() + hours(1)).await.unwrap().unwrap();
-        db.exports.release(Some(worker(2))).await.unwrap();
+        db.exports.release(worker(2)).await.unwrap();
         assert_eq!(db.exports.claim_render(worker(2), t0(), t0() + hours(1)).await.unwrap(), None);
-        db.exports.release(Some(worker(1))).await.unwrap();
+        db.exports.release(worker(1)).await.unwrap();
         let released = find(db, render.id).await;
         assert_eq!((released.state, released.attempt), (ExportState::Queued, 0));
         assert!(!db.exports.progress(&claimed, worker(1), 1, 1, t0() + hours(1)).await.unwrap());
@@ -489,31 +489,77 @@ conformance! {
     async fn a_mail_that_was_being_sent_is_uncertain_when_it_is_given_back(db) {
         let export = rendered(db, &[A]).await;
         claim_mail(db, t0()).await.unwrap();
-        db.exports.release(Some(worker(2))).await.unwrap();
+        db.exports.release(worker(2)).await.unwrap();
         assert_eq!(claim_mail(db, t0()).await, None);
-        db.exports.release(Some(worker(1))).await.unwrap();
+        db.exports.release(worker(1)).await.unwrap();
         assert_eq!(find(db, export.id).await.deliveries[0].state, DeliveryState::Uncertain);
         let mail = claim_mail(db, t0()).await.unwrap();
         assert_eq!(mail.delivery.message_id, export.deliveries[0].message_id);
     }
 
-    async fn what_anyone_holds_is_given_back_for_a_database_of_one_daemon(db) {
+    async fn what_a_command_holds_stays_its_own_when_a_daemons_claims_are_given_back(db) {
         rendered(db, &[A]).await;
         claim_mail(db, t0()).await.unwrap();
         create(db, request(&[])).await;
         db.exports.claim_render(worker(9), t0(), t0() + hours(1)).await.unwrap().unwrap();
-        db.exports.release(None).await.unwrap();
+        db.exports.release(worker(1)).await.unwrap();
         assert!(claim_mail(db, t0()).await.is_some());
-        assert!(db.exports.claim_render(worker(1), t0(), t0() + hours(1)).await.unwrap().is_some());
+        assert!(db.exports.claim_render(worker(1), t0(), t0() + hours(1)).await.unwrap().is_none());
+    }
+
+    async fn an_export_that_cannot_be_read_fails_and_the_next_is_rendered(db) {
+        let (broken, whole) = (create(db, request(&[])).await, create(db, request(&[])).await);
+        db.execute(&format!("update exports set timezone = 'Mars/Olympus' where id = '{}'", broken.id)).await.unwrap();
+        let taken = db.exports.claim_render(worker(1), t0(), t0() + hours(1)).await.unwrap().unwrap();
+        assert_eq!(taken.id, whole.id);
+        let failed = format!("exports where id = '{}' and state = 'failed' and error like '%timezone%' and claimed_by is null", broken.id);
+        assert_eq!(db.count(&failed).await, 1);
+    }
+
+    async fn a_mail_whose_export_cannot_be_read_is_dead_and_the_next_goes_out(db) {
+        let broken = rendered(db, &[A, B]).await;
+        let whole = rendered(db, &[A]).await;
+        db.execute(&format!("update exports set timezone = 'Mars/Olympus' where id = '{}'", broken.id)).await.unwrap();
+        let mail = claim_mail(db, t0() + hours(1)).await.unwrap();
+        assert_eq!((mail.export.id, mail.delivery.state), (whole.id, DeliveryState::Pending));
+        let dead = format!("export_deliveries where export_id = '{}' and state = 'dead' and error like '%timezone%'", broken.id);
+        assert_eq!(db.count(&dead).await, 2);
+        assert_eq!(db.count(&format!("exports where id = '{}' and state = 'failed'", broken.id)).await, 1);
+    }
+
+    async fn a_mail_that_cannot_be_read_with_its_export_is_not_claimed(db) {
+        rendered(db, &[A]).await;
+        db.execute("alter table exports rename column sha256 to moved").await.unwrap();
+        assert!(db.exports.claim_delivery(worker(1), t0(), t0() + hours(1)).await.is_err());
+        db.execute("alter table exports rename column moved to sha256").await.unwrap();
+        assert_eq!(db.count("export_deliveries where state = 'pending' and claimed_by is null").await, 1);
+    }
+
+    async fn a_page_of_exports_is_full_although_some_are_hidden_from_the_reader(db) {
+        let mut shown = Vec::new();
+        for n in 0..6 {
+            let mut request = request(&[]);
+            let is_hidden = n % 2 == 1;
+            request.audience = if is_hidden { Audience::Audit } else { Audience::Agent };
+            let id = db.exports.create_one(&asked(request, t0() + minutes(n))).await.unwrap();
+            if !is_hidden {
+                shown.insert(0, id);
+            }
+        }
+        let page = db.exports.list(&acme(), &[Audience::Client, Audience::Agent], None, 3).await.unwrap();
+        assert_eq!(page.iter().map(|export| export.id).collect::<Vec<_>>(), shown);
     }
 
     async fn a_file_expires_at_its_time_and_its_waiting_mails_die(db) {
         let export = rendered(db, &[A, B]).await;
         let first = claim_mail(db, t0()).await.unwrap();
         end(db, &first, DeliveryOutcome::Sent { at: t0() }, t0()).await;
-        assert_eq!(db.exports.expire(t0() + days(7) - MICRO, 10).await.unwrap(), Vec::<String>::new());
-        assert_eq!(db.exports.expire(t0() + days(7), 10).await.unwrap(), ["timeline ü.csv"]);
-        assert_eq!(db.exports.expire(t0() + days(8), 10).await.unwrap(), Vec::<String>::new());
+        assert_eq!(db.exports.old_files(t0() + days(7) - MICRO, 10).await.unwrap(), []);
+        let old = db.exports.old_files(t0() + days(7), 10).await.unwrap();
+        assert_eq!((old.len(), old[0].name.as_str()), (1, "timeline ü.csv"));
+        assert_eq!(find(db, export.id).await.file_name.as_deref(), Some("timeline ü.csv"), "until it is gone");
+        db.exports.expire(&old).await.unwrap();
+        assert_eq!(db.exports.old_files(t0() + days(8), 10).await.unwrap(), []);
         let expired = find(db, export.id).await;
         assert_eq!((expired.state, expired.file_name), (ExportState::Expired, None));
         let mut states: Vec<DeliveryState> = expired.deliveries.iter().map(|mail| mail.state).collect();
@@ -527,8 +573,11 @@ conformance! {
             rendered(db, &[]).await;
         }
         let later = t0() + days(8);
-        assert_eq!(db.exports.expire(later, 3).await.unwrap().len(), 3);
-        assert_eq!(db.exports.expire(later, 3).await.unwrap().len(), 2);
+        for expected in [3, 2] {
+            let old = db.exports.old_files(later, 3).await.unwrap();
+            assert_eq!(old.len(), expected);
+            db.exports.expire(&old).await.unwrap();
+        }
         assert_eq!(db.count("exports where state = 'expired'").await, 5);
     }
 

@@ -10,11 +10,11 @@ use uuid::Uuid;
 
 use super::events::event_columns;
 use super::{PgStorage, set};
-use crate::domain::{Category, ContactId, ExportId, TenantId};
+use crate::domain::{Audience, Category, ContactId, ExportId, TenantId};
 use crate::storage::events::{Filter, Key, Slice, View, bounds, last_key};
 use crate::storage::exports::{
-    ClaimedDelivery, DeliveryOutcome, Export, ExportDelivery, ExportStore, NewExport, Rendered,
-    ids_there_are,
+    ClaimedDelivery, DeliveryOutcome, Export, ExportDelivery, ExportStore, NewExport, OldFile,
+    Rendered, ids_there_are, unreadable,
 };
 use crate::storage::rows::{self, Columns};
 use crate::storage::{Page, StorageResult};
@@ -50,7 +50,7 @@ impl PgStorage {
     /// The deliveries of exports, read in the same snapshot as the exports themselves.
     async fn with_deliveries(
         db: &mut PgConnection,
-        tenant: &TenantId,
+        tenant: &str,
         rows: &[PgRow],
     ) -> StorageResult<Vec<Export>> {
         let mut exports: Vec<Export> = rows
@@ -65,7 +65,7 @@ impl PgStorage {
              where tenant_id = $1 and export_id = any($2)
              order by position"
         ))
-        .bind(tenant.as_str())
+        .bind(tenant)
         .bind(set(&ids, ExportId::uuid))
         .fetch_all(db)
         .await?;
@@ -104,17 +104,21 @@ impl ExportStore for PgStorage {
         .bind(id.uuid())
         .fetch_all(&mut *snapshot)
         .await?;
-        Ok(Self::with_deliveries(&mut snapshot, tenant, &found)
-            .await?
-            .pop())
+        Ok(
+            Self::with_deliveries(&mut snapshot, tenant.as_str(), &found)
+                .await?
+                .pop(),
+        )
     }
 
     async fn list(
         &self,
         tenant: &TenantId,
+        audiences: &[Audience],
         before: Option<ExportId>,
         limit: u32,
     ) -> StorageResult<Vec<Export>> {
+        let audience_names: Vec<_> = audiences.iter().map(|of| of.as_str()).collect();
         let mut snapshot = self
             .worker
             .begin_with("begin isolation level repeatable read read only")
@@ -124,15 +128,17 @@ impl ExportStore for PgStorage {
             export_columns!(),
             " from exports
              where tenant_id = $1 and id < $2
+               and audience = any($4)
              order by id desc limit $3"
         ))
         .bind(tenant.as_str())
         // The largest UUID, not "none": so that the index finds the place.
         .bind(before.map_or(Uuid::max(), ExportId::uuid))
         .bind(i64::from(limit))
+        .bind(audience_names)
         .fetch_all(&mut *snapshot)
         .await?;
-        Self::with_deliveries(&mut snapshot, tenant, &found).await
+        Self::with_deliveries(&mut snapshot, tenant.as_str(), &found).await
     }
 
     async fn claim_render(
@@ -141,28 +147,48 @@ impl ExportStore for PgStorage {
         now: DateTime<Utc>,
         until: DateTime<Utc>,
     ) -> StorageResult<Option<Export>> {
-        let row = sqlx::query(concat!(
-            "update exports
-             set state = 'running', claimed_by = $1, claimed_until = $3, attempt = attempt + 1,
-                 started_at = coalesce(started_at, $2), rows = 0
-             where (tenant_id, id) = (select tenant_id, id from exports
-                                      where state in ('queued', 'running') and rendered_at is null
-                                        and next_attempt_at <= $2
-                                        and (claimed_until is null or claimed_until <= $2)
-                                      order by next_attempt_at limit 1
-                                      for update skip locked)
-             returning ",
-            export_columns!()
-        ))
-        .bind(worker)
-        .bind(now)
-        .bind(until)
-        .fetch_optional(&self.worker)
-        .await?;
-        match row.as_ref().map(rows::export).transpose()? {
-            Some(export) => self.find(&export.tenant_id, export.id).await,
-            None => Ok(None),
-        }
+        // One transaction: an error between taking and reading it would lose the claim.
+        let mut transaction = self.worker.begin().await?;
+        let claimed = loop {
+            let row = sqlx::query(concat!(
+                "update exports
+                 set state = 'running', claimed_by = $1, claimed_until = $3, attempt = attempt + 1,
+                     started_at = coalesce(started_at, $2), rows = 0
+                 where (tenant_id, id) = (select tenant_id, id from exports
+                                          where state in ('queued', 'running') and rendered_at is null
+                                            and next_attempt_at <= $2
+                                            and (claimed_until is null or claimed_until <= $2)
+                                          order by next_attempt_at limit 1
+                                          for update skip locked)
+                 returning ",
+                export_columns!()
+            ))
+            .bind(worker)
+            .bind(now)
+            .bind(until)
+            .fetch_optional(&mut *transaction)
+            .await?;
+            let Some(row) = row else { break None };
+            let (tenant, id): (String, Uuid) = (row.try_get("tenant_id")?, row.try_get("id")?);
+            match Self::with_deliveries(&mut transaction, &tenant, &[row]).await {
+                Ok(mut exports) => break exports.pop(),
+                Err(error) => {
+                    sqlx::query(
+                        "update exports
+                         set state = 'failed', finished_at = $3, error = $4, claimed_by = null, claimed_until = null
+                         where tenant_id = $1 and id = $2",
+                    )
+                    .bind(tenant)
+                    .bind(id)
+                    .bind(now)
+                    .bind(unreadable(error)?)
+                    .execute(&mut *transaction)
+                    .await?;
+                }
+            }
+        };
+        transaction.commit().await?;
+        Ok(claimed)
     }
 
     async fn progress(
@@ -267,30 +293,64 @@ impl ExportStore for PgStorage {
         now: DateTime<Utc>,
         until: DateTime<Utc>,
     ) -> StorageResult<Option<ClaimedDelivery>> {
-        let row = sqlx::query(
-            // returning gives the values after the change, hence the state beforehand
-            "with due as (
-                 select tenant_id, export_id, recipient, state from export_deliveries
-                 where state in ('pending', 'sending', 'deferred', 'uncertain') and next_attempt_at <= $2
-                   and (claimed_until is null or claimed_until <= $2)
-                 order by next_attempt_at limit 1
-                 for update skip locked)
-             update export_deliveries d
-             set state = 'sending', claimed_by = $1, claimed_until = $3, attempt = d.attempt + 1
-             from due
-             where d.tenant_id = due.tenant_id and d.export_id = due.export_id and d.recipient = due.recipient
-             returning d.tenant_id, d.export_id, d.recipient, d.message_id, due.state, d.attempt,
-                       d.next_attempt_at, d.sent_at, d.error",
-        )
-        .bind(worker)
-        .bind(now)
-        .bind(until)
-        .fetch_optional(&self.worker)
-        .await?;
-        let Some(row) = row else { return Ok(None) };
-        let (id, delivery) = rows::delivery(&row)?;
-        let export = self.find(&rows::tenant(&row)?, id).await?;
-        Ok(export.map(|export| ClaimedDelivery { export, delivery }))
+        // One transaction: an error between taking and reading it would lose the claim.
+        let mut transaction = self.worker.begin().await?;
+        let claimed = loop {
+            let row = sqlx::query(
+                // returning gives the values after the change, hence the state beforehand
+                "with due as (
+                     select tenant_id, export_id, recipient, state from export_deliveries
+                     where state in ('pending', 'sending', 'deferred', 'uncertain') and next_attempt_at <= $2
+                       and (claimed_until is null or claimed_until <= $2)
+                     order by next_attempt_at limit 1
+                     for update skip locked)
+                 update export_deliveries d
+                 set state = 'sending', claimed_by = $1, claimed_until = $3, attempt = d.attempt + 1
+                 from due
+                 where d.tenant_id = due.tenant_id and d.export_id = due.export_id and d.recipient = due.recipient
+                 returning d.tenant_id, d.export_id, d.recipient, d.message_id, due.state, d.attempt,
+                           d.next_attempt_at, d.sent_at, d.error",
+            )
+            .bind(worker)
+            .bind(now)
+            .bind(until)
+            .fetch_optional(&mut *transaction)
+            .await?;
+            let Some(row) = row else { break None };
+            let (tenant, id): (String, Uuid) =
+                (row.try_get("tenant_id")?, row.try_get("export_id")?);
+            let export = sqlx::query(concat!(
+                "select ",
+                export_columns!(),
+                " from exports where tenant_id = $1 and id = $2"
+            ))
+            .bind(&tenant)
+            .bind(id)
+            .fetch_all(&mut *transaction)
+            .await?;
+            let export = Self::with_deliveries(&mut transaction, &tenant, &export).await;
+            let error = match (export, rows::delivery(&row)) {
+                (Ok(mut exports), Ok((_, delivery))) => {
+                    let export = exports.pop();
+                    break export.map(|export| ClaimedDelivery { export, delivery });
+                }
+                (Err(error), _) | (_, Err(error)) => error,
+            };
+            sqlx::query(
+                "update export_deliveries
+                 set state = 'dead', error = $4, claimed_by = null, claimed_until = null
+                 where tenant_id = $1 and export_id = $2 and recipient = $3",
+            )
+            .bind(&tenant)
+            .bind(id)
+            .bind(row.try_get::<String, _>("recipient")?)
+            .bind(unreadable(error)?)
+            .execute(&mut *transaction)
+            .await?;
+            conclude(&mut transaction, &tenant, id, now).await?;
+        };
+        transaction.commit().await?;
+        Ok(claimed)
     }
 
     async fn delivery_ended(
@@ -326,38 +386,17 @@ impl ExportStore for PgStorage {
         .bind(error)
         .execute(&mut *transaction)
         .await?;
-        // Done with the first mail that went out; failed when all are dead.
-        sqlx::query(
-            "update exports
-             set state = case when exists (select 1 from export_deliveries d
-                                           where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
-                              then 'done' else 'failed' end,
-                 finished_at = coalesce(finished_at, $3),
-                 error = case when exists (select 1 from export_deliveries d
-                                           where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
-                              then null else 'every mail was refused' end
-             where tenant_id = $1 and id = $2 and state in ('running', 'failed')
-               and (exists (select 1 from export_deliveries d
-                            where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
-                    or not exists (select 1 from export_deliveries d
-                                   where d.tenant_id = $1 and d.export_id = $2 and d.state <> 'dead'))",
-        )
-        .bind(tenant.as_str())
-        .bind(id.uuid())
-        .bind(now)
-        .execute(&mut *transaction)
-        .await?;
+        conclude(&mut transaction, tenant.as_str(), id.uuid(), now).await?;
         transaction.commit().await?;
         Ok(())
     }
 
-    async fn release(&self, worker: Option<Uuid>) -> StorageResult<()> {
+    async fn release(&self, worker: Uuid) -> StorageResult<()> {
         let mut transaction = self.worker.begin().await?;
         sqlx::query(
             "update exports
              set claimed_by = null, claimed_until = null, state = 'queued', attempt = greatest(attempt - 1, 0)
-             where state = 'running' and rendered_at is null and claimed_by is not null
-               and ($1::uuid is null or claimed_by = $1)",
+             where state = 'running' and rendered_at is null and claimed_by = $1",
         )
         .bind(worker)
         .execute(&mut *transaction)
@@ -366,7 +405,7 @@ impl ExportStore for PgStorage {
         sqlx::query(
             "update export_deliveries
              set claimed_by = null, claimed_until = null, state = 'uncertain'
-             where state = 'sending' and claimed_by is not null and ($1::uuid is null or claimed_by = $1)",
+             where state = 'sending' and claimed_by = $1",
         )
         .bind(worker)
         .execute(&mut *transaction)
@@ -375,31 +414,38 @@ impl ExportStore for PgStorage {
         Ok(())
     }
 
-    async fn expire(&self, now: DateTime<Utc>, limit: u32) -> StorageResult<Vec<String>> {
-        let rows = sqlx::query(
-            "with old as (
-                 select tenant_id, id, file_name from exports
-                 where file_name is not null and expires_at <= $1
-                 order by expires_at limit $2
-                 for update skip locked),
-             gone as (
-                 update exports e set state = 'expired', file_name = null
-                 from old where e.tenant_id = old.tenant_id and e.id = old.id),
-             ended as (
-                 update export_deliveries d set state = 'dead', error = 'the file had expired'
-                 from old
-                 where d.tenant_id = old.tenant_id and d.export_id = old.id
-                   and d.state in ('pending', 'deferred', 'uncertain'))
-             select file_name from old",
+    async fn old_files(&self, now: DateTime<Utc>, limit: u32) -> StorageResult<Vec<OldFile>> {
+        let found = sqlx::query(
+            "select tenant_id, id, file_name from exports
+             where file_name is not null and expires_at <= $1 order by expires_at limit $2",
         )
         .bind(now)
         .bind(i64::from(limit))
         .fetch_all(&self.worker)
         .await?;
-        Ok(rows
-            .iter()
-            .map(|row| row.try_get(0))
-            .collect::<Result<_, _>>()?)
+        let files = found.iter().map(rows::old_file);
+        Ok(files.collect::<StorageResult<Vec<_>>>()?)
+    }
+
+    async fn expire(&self, files: &[OldFile]) -> StorageResult<()> {
+        let tenants: Vec<&str> = files.iter().map(|file| file.tenant.as_str()).collect();
+        let ids: Vec<Uuid> = files.iter().map(|file| file.export).collect();
+        sqlx::query(
+            "with old as (
+                 select * from unnest($1::text[], $2::uuid[]) as old (tenant_id, id)),
+             gone as (
+                 update exports e set state = 'expired', file_name = null
+                 from old where e.tenant_id = old.tenant_id and e.id = old.id)
+             update export_deliveries d set state = 'dead', error = 'the file had expired'
+             from old
+             where d.tenant_id = old.tenant_id and d.export_id = old.id
+               and d.state in ('pending', 'deferred', 'uncertain')",
+        )
+        .bind(tenants)
+        .bind(ids)
+        .execute(&self.worker)
+        .await?;
+        Ok(())
     }
 
     async fn rows(
@@ -515,6 +561,37 @@ impl ExportStore for PgStorage {
         .await?;
         found.iter().map(rows::contact).collect()
     }
+}
+
+/// What the ends of its mails make of an export: done with the first that went out, failed when all
+/// are dead.
+async fn conclude(
+    db: &mut PgConnection,
+    tenant: &str,
+    export: Uuid,
+    now: DateTime<Utc>,
+) -> StorageResult<()> {
+    sqlx::query(
+        "update exports
+         set state = case when exists (select 1 from export_deliveries d
+                                       where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
+                          then 'done' else 'failed' end,
+             finished_at = coalesce(finished_at, $3),
+             error = case when exists (select 1 from export_deliveries d
+                                       where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
+                          then null else 'every mail was refused' end
+         where tenant_id = $1 and id = $2 and state in ('running', 'failed')
+           and (exists (select 1 from export_deliveries d
+                        where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
+                or not exists (select 1 from export_deliveries d
+                               where d.tenant_id = $1 and d.export_id = $2 and d.state <> 'dead'))",
+    )
+    .bind(tenant)
+    .bind(export)
+    .bind(now)
+    .execute(db)
+    .await?;
+    Ok(())
 }
 
 /// One value of each export, as the array that `unnest` takes.

@@ -10,11 +10,11 @@ use uuid::Uuid;
 
 use super::events::event_columns;
 use super::{SqliteStorage, at, changed, set, text};
-use crate::domain::{Category, ContactId, ExportId, TenantId};
+use crate::domain::{Audience, Category, ContactId, ExportId, TenantId};
 use crate::storage::events::{Filter, Key, Slice, View, bounds, last_key};
 use crate::storage::exports::{
-    ClaimedDelivery, DeliveryOutcome, Export, ExportDelivery, ExportStore, NewExport, Rendered,
-    ids_there_are,
+    ClaimedDelivery, DeliveryOutcome, Export, ExportDelivery, ExportStore, NewExport, OldFile,
+    Rendered, ids_there_are, unreadable,
 };
 use crate::storage::rows::{self, Columns};
 use crate::storage::{Page, StorageResult};
@@ -43,7 +43,7 @@ impl SqliteStorage {
     /// The deliveries of exports, read in the same snapshot as the exports themselves.
     async fn with_deliveries(
         db: &mut SqliteConnection,
-        tenant: &TenantId,
+        tenant: &str,
         rows: &[SqliteRow],
     ) -> StorageResult<Vec<Export>> {
         let mut exports: Vec<Export> = rows
@@ -58,7 +58,7 @@ impl SqliteStorage {
              where tenant_id = $1 and export_id in (select value from json_each($2))
              order by position"
         ))
-        .bind(tenant.as_str())
+        .bind(tenant)
         .bind(set(&ids))
         .fetch_all(db)
         .await?;
@@ -96,14 +96,17 @@ impl ExportStore for SqliteStorage {
         .bind(text(id.uuid()))
         .fetch_all(&mut *snapshot)
         .await?;
-        Ok(Self::with_deliveries(&mut snapshot, tenant, &found)
-            .await?
-            .pop())
+        Ok(
+            Self::with_deliveries(&mut snapshot, tenant.as_str(), &found)
+                .await?
+                .pop(),
+        )
     }
 
     async fn list(
         &self,
         tenant: &TenantId,
+        audiences: &[Audience],
         before: Option<ExportId>,
         limit: u32,
     ) -> StorageResult<Vec<Export>> {
@@ -113,15 +116,17 @@ impl ExportStore for SqliteStorage {
             export_columns!(),
             " from exports
              where tenant_id = $1 and id < $2
+               and audience in (select value from json_each($4))
              order by id desc limit $3"
         ))
         .bind(tenant.as_str())
         // The largest UUID, not "none": so that the index finds the place.
         .bind(text(before.map_or(Uuid::max(), ExportId::uuid)))
         .bind(limit)
+        .bind(set(audiences))
         .fetch_all(&mut *snapshot)
         .await?;
-        Self::with_deliveries(&mut snapshot, tenant, &found).await
+        Self::with_deliveries(&mut snapshot, tenant.as_str(), &found).await
     }
 
     async fn claim_render(
@@ -137,34 +142,9 @@ impl ExportStore for SqliteStorage {
         if !self.is_due(question, now).await? {
             return Ok(None);
         }
-        let row = self
-            .writer
-            .write(move |db| {
-                Box::pin(async move {
-                    let row = sqlx::query(concat!(
-                        "update exports
-                         set state = 'running', claimed_by = $1, claimed_until = $3, attempt = attempt + 1,
-                             started_at = coalesce(started_at, $2), rows = 0
-                         where rowid = (select rowid from exports
-                                        where state in ('queued', 'running') and rendered_at is null
-                                          and next_attempt_at <= $2
-                                          and (claimed_until is null or claimed_until <= $2)
-                                        order by next_attempt_at limit 1)
-                         returning ", export_columns!()
-                    ))
-                    .bind(text(worker))
-                    .bind(at(now))
-                    .bind(at(until))
-                    .fetch_optional(db)
-                    .await?;
-                    row.as_ref().map(rows::export).transpose()
-                })
-            })
-            .await?;
-        match row {
-            Some(export) => self.find(&export.tenant_id, export.id).await,
-            None => Ok(None),
-        }
+        self.writer
+            .write(move |db| Box::pin(async move { claim_render(db, worker, now, until).await }))
+            .await
     }
 
     async fn progress(
@@ -291,48 +271,9 @@ impl ExportStore for SqliteStorage {
         if !self.is_due(question, now).await? {
             return Ok(None);
         }
-        let claimed = self
-            .writer
-            .write(move |db| {
-                Box::pin(async move {
-                    // returning gives the values after the change, hence the state beforehand
-                    let due: Option<(i64, String)> = sqlx::query_as(
-                        "select rowid, state from export_deliveries
-                         where state in ('pending', 'sending', 'deferred', 'uncertain')
-                           and next_attempt_at <= $1
-                           and (claimed_until is null or claimed_until <= $1)
-                         order by next_attempt_at limit 1",
-                    )
-                    .bind(at(now))
-                    .fetch_optional(&mut *db)
-                    .await?;
-                    let Some((rowid, state)) = due else {
-                        return Ok(None);
-                    };
-                    let row = sqlx::query(concat!(
-                        "update export_deliveries
-                         set state = 'sending', claimed_by = $1, claimed_until = $2, attempt = attempt + 1
-                         where rowid = $3
-                         returning tenant_id, ", delivery_columns!()
-                    ))
-                    .bind(text(worker))
-                    .bind(at(until))
-                    .bind(rowid)
-                    .fetch_one(db)
-                    .await?;
-                    let (id, mut delivery) = rows::delivery(&row)?;
-                    if let Ok(before) = state.parse() {
-                        delivery.state = before;
-                    }
-                    Ok(Some((rows::tenant(&row)?, (id, delivery))))
-                })
-            })
-            .await?;
-        let Some((tenant, (id, delivery))) = claimed else {
-            return Ok(None);
-        };
-        let export = self.find(&tenant, id).await?;
-        Ok(export.map(|export| ClaimedDelivery { export, delivery }))
+        self.writer
+            .write(move |db| Box::pin(async move { claim_delivery(db, worker, now, until).await }))
+            .await
     }
 
     async fn delivery_ended(
@@ -364,53 +305,31 @@ impl ExportStore for SqliteStorage {
                     .bind(error)
                     .execute(&mut *db)
                     .await?;
-                    // Done with the first mail that went out; failed when all are dead.
-                    sqlx::query(
-                        "update exports
-                         set state = case when exists (select 1 from export_deliveries d
-                                                       where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
-                                          then 'done' else 'failed' end,
-                             finished_at = coalesce(finished_at, $3),
-                             error = case when exists (select 1 from export_deliveries d
-                                                       where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
-                                          then null else 'every mail was refused' end
-                         where tenant_id = $1 and id = $2 and state in ('running', 'failed')
-                           and (exists (select 1 from export_deliveries d
-                                        where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
-                                or not exists (select 1 from export_deliveries d
-                                               where d.tenant_id = $1 and d.export_id = $2 and d.state <> 'dead'))",
-                    )
-                    .bind(tenant.as_str())
-                    .bind(text(id.uuid()))
-                    .bind(at(now))
-                    .execute(db)
-                    .await?;
-                    Ok(())
+                    conclude(db, tenant.as_str(), id.uuid(), now).await
                 })
             })
             .await
     }
 
-    async fn release(&self, worker: Option<Uuid>) -> StorageResult<()> {
+    async fn release(&self, worker: Uuid) -> StorageResult<()> {
         self.writer
             .write(move |db| {
                 Box::pin(async move {
                     sqlx::query(
                         "update exports
                          set claimed_by = null, claimed_until = null, state = 'queued', attempt = max(attempt - 1, 0)
-                         where state = 'running' and rendered_at is null and claimed_by is not null
-                           and ($1 is null or claimed_by = $1)",
+                         where state = 'running' and rendered_at is null and claimed_by = $1",
                     )
-                    .bind(worker.map(text))
+                    .bind(text(worker))
                     .execute(&mut *db)
                     .await?;
                     // Whether the server had taken it is not known: it goes out again with its id.
                     sqlx::query(
                         "update export_deliveries
                          set claimed_by = null, claimed_until = null, state = 'uncertain'
-                         where state = 'sending' and claimed_by is not null and ($1 is null or claimed_by = $1)",
+                         where state = 'sending' and claimed_by = $1",
                     )
-                    .bind(worker.map(text))
+                    .bind(text(worker))
                     .execute(db)
                     .await?;
                     Ok(())
@@ -419,44 +338,44 @@ impl ExportStore for SqliteStorage {
             .await
     }
 
-    async fn expire(&self, now: DateTime<Utc>, limit: u32) -> StorageResult<Vec<String>> {
-        let question =
-            "select 1 from exports where file_name is not null and expires_at <= $1 limit 1";
-        if !self.is_due(question, now).await? {
-            return Ok(Vec::new());
-        }
+    async fn old_files(&self, now: DateTime<Utc>, limit: u32) -> StorageResult<Vec<OldFile>> {
+        let found = sqlx::query(
+            "select tenant_id, id, file_name from exports
+             where file_name is not null and expires_at <= $1 order by expires_at limit $2",
+        )
+        .bind(at(now))
+        .bind(limit)
+        .fetch_all(&self.readers)
+        .await?;
+        let files = found.iter().map(rows::old_file);
+        Ok(files.collect::<StorageResult<Vec<_>>>()?)
+    }
+
+    async fn expire(&self, files: &[OldFile]) -> StorageResult<()> {
+        let gone: Vec<_> = files
+            .iter()
+            .map(|file| serde_json::json!([file.tenant, text(file.export).to_string()]))
+            .collect();
+        let gone = set(&gone).to_string();
         self.writer
             .write(move |db| {
                 Box::pin(async move {
-                    // returning gives the values after the change, hence the name beforehand
-                    let rows = sqlx::query(
-                        "select rowid, file_name from exports
-                         where file_name is not null and expires_at <= $1 order by expires_at limit $2",
-                    )
-                    .bind(at(now))
-                    .bind(limit)
-                    .fetch_all(&mut *db)
-                    .await?;
-                    let ids: Vec<i64> = rows.iter().map(|row| row.try_get(0)).collect::<Result<_, _>>()?;
-                    let files = rows.iter().map(|row| row.try_get(1)).collect::<Result<_, _>>()?;
                     sqlx::query(
                         "update exports set state = 'expired', file_name = null
-                         where rowid in (select value from json_each($1))",
+                         where (tenant_id, id) in (select value ->> 0, value ->> 1 from json_each($1))",
                     )
-                    .bind(set(&ids))
+                    .bind(&gone)
                     .execute(&mut *db)
                     .await?;
                     sqlx::query(
                         "update export_deliveries set state = 'dead', error = 'the file had expired'
-                         where state in ('pending', 'deferred', 'uncertain') and exists (
-                             select 1 from exports e
-                             where e.tenant_id = export_deliveries.tenant_id and e.id = export_deliveries.export_id
-                               and e.rowid in (select value from json_each($1)))",
+                         where (tenant_id, export_id) in (select value ->> 0, value ->> 1 from json_each($1))
+                           and state in ('pending', 'deferred', 'uncertain')",
                     )
-                    .bind(set(&ids))
+                    .bind(&gone)
                     .execute(db)
                     .await?;
-                    Ok(files)
+                    Ok(())
                 })
             })
             .await
@@ -571,6 +490,149 @@ impl ExportStore for SqliteStorage {
         .await?;
         found.iter().map(rows::contact).collect()
     }
+}
+
+/// Takes an export and reads it in one transaction: an error between the two would lose the claim.
+async fn claim_render(
+    db: &mut SqliteConnection,
+    worker: Uuid,
+    now: DateTime<Utc>,
+    until: DateTime<Utc>,
+) -> StorageResult<Option<Export>> {
+    loop {
+        let row = sqlx::query(concat!(
+            "update exports
+             set state = 'running', claimed_by = $1, claimed_until = $3, attempt = attempt + 1,
+                 started_at = coalesce(started_at, $2), rows = 0
+             where rowid = (select rowid from exports
+                            where state in ('queued', 'running') and rendered_at is null
+                              and next_attempt_at <= $2
+                              and (claimed_until is null or claimed_until <= $2)
+                            order by next_attempt_at limit 1)
+             returning rowid, ",
+            export_columns!()
+        ))
+        .bind(text(worker))
+        .bind(at(now))
+        .bind(at(until))
+        .fetch_optional(&mut *db)
+        .await?;
+        let Some(row) = row else { return Ok(None) };
+        let tenant: String = row.try_get("tenant_id")?;
+        let rowid: i64 = row.try_get("rowid")?;
+        match SqliteStorage::with_deliveries(&mut *db, &tenant, &[row]).await {
+            Ok(mut exports) => return Ok(exports.pop()),
+            Err(error) => {
+                sqlx::query(
+                    "update exports
+                     set state = 'failed', finished_at = $2, error = $3, claimed_by = null, claimed_until = null
+                     where rowid = $1",
+                )
+                .bind(rowid)
+                .bind(at(now))
+                .bind(unreadable(error)?)
+                .execute(&mut *db)
+                .await?;
+            }
+        }
+    }
+}
+
+/// Takes a mail and reads its export in one transaction: an error between the two would lose the claim.
+async fn claim_delivery(
+    db: &mut SqliteConnection,
+    worker: Uuid,
+    now: DateTime<Utc>,
+    until: DateTime<Utc>,
+) -> StorageResult<Option<ClaimedDelivery>> {
+    loop {
+        // returning gives the values after the change, hence the state beforehand
+        let due = sqlx::query(concat!(
+            "select rowid, tenant_id, ",
+            delivery_columns!(),
+            " from export_deliveries
+             where state in ('pending', 'sending', 'deferred', 'uncertain')
+               and next_attempt_at <= $1
+               and (claimed_until is null or claimed_until <= $1)
+             order by next_attempt_at limit 1"
+        ))
+        .bind(at(now))
+        .fetch_optional(&mut *db)
+        .await?;
+        let Some(due) = due else { return Ok(None) };
+        let tenant: String = due.try_get("tenant_id")?;
+        let rowid: i64 = due.try_get("rowid")?;
+        sqlx::query(
+            "update export_deliveries
+             set state = 'sending', claimed_by = $1, claimed_until = $2, attempt = attempt + 1
+             where rowid = $3",
+        )
+        .bind(text(worker))
+        .bind(at(until))
+        .bind(rowid)
+        .execute(&mut *db)
+        .await?;
+        let export = sqlx::query(concat!(
+            "select ",
+            export_columns!(),
+            " from exports where tenant_id = $1 and id = $2"
+        ))
+        .bind(&tenant)
+        .bind(due.try_get::<String, _>("export_id")?)
+        .fetch_all(&mut *db)
+        .await?;
+        let export = SqliteStorage::with_deliveries(&mut *db, &tenant, &export).await;
+        let error = match (export, rows::delivery(&due)) {
+            (Ok(mut exports), Ok((_, mut delivery))) => {
+                delivery.attempt = delivery.attempt.saturating_add(1);
+                let export = exports.pop();
+                return Ok(export.map(|export| ClaimedDelivery { export, delivery }));
+            }
+            (Err(error), _) | (_, Err(error)) => error,
+        };
+        sqlx::query(
+            "update export_deliveries
+             set state = 'dead', error = $2, claimed_by = null, claimed_until = null where rowid = $1",
+        )
+        .bind(rowid)
+        .bind(unreadable(error)?)
+        .execute(&mut *db)
+        .await?;
+        if let Some(export) = due.uuid("export_id")? {
+            conclude(&mut *db, &tenant, export, now).await?;
+        }
+    }
+}
+
+/// What the ends of its mails make of an export: done with the first that went out, failed when all
+/// are dead.
+async fn conclude(
+    db: &mut SqliteConnection,
+    tenant: &str,
+    export: Uuid,
+    now: DateTime<Utc>,
+) -> StorageResult<()> {
+    sqlx::query(
+        "update exports
+         set state = case when exists (select 1 from export_deliveries d
+                                       where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
+                          then 'done' else 'failed' end,
+             finished_at = coalesce(finished_at, $3),
+             error = case when exists (select 1 from export_deliveries d
+                                       where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
+                          then null else 'every mail was refused' end
+         where tenant_id = $1 and id = $2 and state in ('running', 'failed')
+           and (exists (select 1 from export_deliveries d
+                        where d.tenant_id = $1 and d.export_id = $2 and d.state = 'sent')
+                or not exists (select 1 from export_deliveries d
+                               where d.tenant_id = $1 and d.export_id = $2 and d.state <> 'dead'))",
+    )
+    .bind(tenant)
+    .bind(text(export))
+    .bind(at(now))
+    .execute(db)
+    .await?;
+    Ok(())
 }
 
 /// Many rows as one parameter: an array of arrays.
