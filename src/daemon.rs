@@ -181,6 +181,7 @@ impl Daemon {
                 abort: abort.clone(),
                 pulse: pulse.clone(),
                 metrics: metrics.clone(),
+                keep_history: config.history.keep,
             },
             jobs,
         );

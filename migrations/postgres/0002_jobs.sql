@@ -24,3 +24,5 @@ create index job_runs_history on job_runs (job, id desc nulls last);
 -- What waits for a daemon.
 create index job_runs_queue on job_runs (id) where state = 'queued';
 create index job_runs_running on job_runs (daemon) where state = 'running';
+-- What is past its time.
+create index job_runs_age on job_runs (finished_at) where finished_at is not null;

@@ -34,7 +34,7 @@ pub use layers::Source;
 pub use mail::{Mail, Smtp, SmtpLogin, SmtpTls, Transport, Uncertain};
 pub use notes::{Entry, Origin};
 pub use secret::Secret;
-pub use sections::{Export, Log, LogFormat, Realtime};
+pub use sections::{Export, History, Log, LogFormat, Realtime};
 
 /// Everything that an operator decides.
 #[derive(Debug, Clone, PartialEq)]
@@ -53,6 +53,8 @@ pub struct Config {
     pub realtime: Realtime,
     /// `[export]`.
     pub export: Export,
+    /// `[history]`.
+    pub history: History,
     /// `[log]`.
     pub log: Log,
     /// `[[jobs]]`, in the order of the file.
@@ -145,6 +147,7 @@ impl Config {
             mail: root.section("mail", Mail::read),
             realtime: root.section("realtime", Realtime::read),
             export: root.section("export", Export::read),
+            history: root.section("history", History::read),
             log: root.section("log", Log::read),
             jobs: jobs::read(root),
             database,

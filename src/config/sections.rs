@@ -1,4 +1,4 @@
-//! The sections of a few keys: `[realtime]`, `[export]` and `[log]`.
+//! The sections of a few keys: `[realtime]`, `[export]`, `[history]` and `[log]`.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -26,6 +26,13 @@ pub struct Export {
     /// Where they lie.
     pub directory: PathBuf,
     /// How long they and the links to them last.
+    pub keep: Duration,
+}
+
+/// `[history]`: the runs of the jobs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct History {
+    /// How long they are kept after their end.
     pub keep: Duration,
 }
 
@@ -71,6 +78,15 @@ impl Export {
                 "7d",
                 &duration(Duration::from_secs(1)..=DAY * 3_650),
             ),
+        }
+    }
+}
+
+impl History {
+    pub(super) fn read(section: &mut Section<'_>) -> Self {
+        let allowed = duration(Duration::from_hours(1)..=DAY * 3_650);
+        Self {
+            keep: section.take("keep", "30d", &allowed),
         }
     }
 }

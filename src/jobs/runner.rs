@@ -31,6 +31,13 @@ const STORAGE_RETRY: Duration = Duration::from_secs(1);
 /// How often a skipped time is tried to be written. Not for ever, as the end of a run is: while the
 /// database is away there may be one each second.
 const SKIP_TRIES: u32 = 10;
+/// How often runs that are past their time are deleted. A delivery poll that pushed something is a
+/// row: some thousands an hour.
+const PRUNE_EVERY: Duration = Duration::from_hours(1);
+/// Runs that are deleted in one transaction: a few milliseconds, since inserts wait for it on SQLite.
+const PRUNE_BATCH: u32 = 500;
+/// Between two such transactions.
+const PRUNE_PAUSE: Duration = Duration::from_millis(50);
 
 /// What a runner shares with the rest of the daemon.
 #[derive(Clone)]
@@ -51,6 +58,8 @@ pub struct RunnerSettings {
     pub pulse: Pulse,
     /// Counts runs.
     pub metrics: Arc<Metrics>,
+    /// How long runs are kept after their end.
+    pub keep_history: Duration,
 }
 
 /// The jobs of this daemon.
@@ -155,6 +164,7 @@ impl Runner {
         let mut due: Vec<Option<DateTime<Utc>>> =
             jobs.iter().map(|slot| slot.next_after(last_look)).collect();
         let mut queue_look = Instant::now();
+        let mut prune_at = Instant::now();
         loop {
             let now = self.shared.now();
             settings.pulse.seen();
@@ -181,6 +191,11 @@ impl Runner {
             if queue_look <= Instant::now() {
                 queue_look = Instant::now() + Duration::from_secs(1);
                 self.spawn_queue_look();
+            }
+            if prune_at <= Instant::now() {
+                prune_at = Instant::now() + PRUNE_EVERY;
+                let runner = self.shared.clone();
+                settings.tracker.spawn(async move { prune(&runner).await });
             }
             let next = due.iter().flatten().min().copied();
             let until = next.map_or(SLICE, |at| {
@@ -362,6 +377,50 @@ impl Slot {
             }
         }
     }
+}
+
+/// Deletes the runs that are past their time.
+async fn prune(runner: &Shared) {
+    match prune_in_batches(runner).await {
+        Ok(0) => tracing::debug!("no run is past its time"),
+        Ok(pruned) => tracing::info!(pruned, "deleted {pruned} runs that were past history.keep"),
+        Err(error) => {
+            let error = chain(&error);
+            tracing::warn!(
+                error,
+                "could not delete the runs that are past history.keep"
+            );
+        }
+    }
+}
+
+async fn prune_in_batches(runner: &Shared) -> StorageResult<u64> {
+    let RunnerSettings {
+        ledger,
+        clock,
+        stop,
+        keep_history,
+        ..
+    } = &runner.settings;
+    // The earlier of both clocks: one that runs ahead must not delete what is not due.
+    let now = ledger.now().await?.min(clock.now());
+    let keep = TimeDelta::from_std(*keep_history).unwrap_or(TimeDelta::MAX);
+    let Some(before) = now.checked_sub_signed(keep) else {
+        return Ok(0);
+    };
+    let mut pruned = 0;
+    while !runner.is_stopping() {
+        let deleted = ledger.prune(before, PRUNE_BATCH).await?;
+        pruned += deleted;
+        if deleted < u64::from(PRUNE_BATCH) {
+            break;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(PRUNE_PAUSE) => {}
+            () = stop.cancelled() => {}
+        }
+    }
+    Ok(pruned)
 }
 
 /// One look at the queue.

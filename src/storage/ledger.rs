@@ -173,6 +173,10 @@ pub trait JobLedger: Send + Sync + 'static {
     /// The newest run of each of `jobs` that has one.
     async fn last_runs(&self, jobs: &[String]) -> StorageResult<Vec<Run>>;
 
+    /// Deletes at most `limit` runs that ended before `before`, the oldest first; the newest run of
+    /// each job stays. Answers how many.
+    async fn prune(&self, before: DateTime<Utc>, limit: u32) -> StorageResult<u64>;
+
     /// Puts every running run back into the queue. Only for a database that one daemon alone holds:
     /// whatever runs there at its start was left by one that is gone.
     async fn recover(&self) -> StorageResult<u64>;

@@ -179,6 +179,7 @@ impl Daemon {
             abort: self.abort.clone(),
             pulse: self.pulse.clone(),
             metrics: Arc::new(Metrics::default()),
+            keep_history: Duration::from_hours(24),
         };
         let runner = Runner::new(settings, std::mem::take(&mut self.jobs));
         self.tracker.spawn(runner.run());
@@ -367,6 +368,10 @@ impl JobLedger for Faulty {
         self.inner.last_runs(jobs).await
     }
 
+    async fn prune(&self, before: DateTime<Utc>, limit: u32) -> StorageResult<u64> {
+        self.inner.prune(before, limit).await
+    }
+
     async fn recover(&self) -> StorageResult<u64> {
         self.inner.recover().await
     }
@@ -459,6 +464,34 @@ on_both_engines! {
         daemon.drain().await;
         let runs = daemon.runs("deaf").await;
         assert_eq!((runs[0].state, runs[0].counts.get("deleted")), (RunState::Queued, Some(&11)));
+    }
+
+    async fn runs_that_are_past_their_time_are_deleted(db) {
+        let mut daemon = Daemon::new(&db.ledger, 1);
+        let now = daemon.clock.now();
+        let ended = |ago: TimeDelta| Run {
+            id: RunId::generate(now - ago),
+            job: "poll".to_owned(),
+            scheduled_at: now - ago,
+            started_at: Some(now - ago),
+            finished_at: Some(now - ago),
+            trigger: Trigger::Schedule,
+            attempt: 1,
+            daemon: Some(daemon.id),
+            state: RunState::Succeeded,
+            counts: Counts::new(),
+            error: None,
+        };
+        // More than one batch of them.
+        for second in 0..600 {
+            db.ledger.record(&ended(TimeDelta::hours(25) + TimeDelta::seconds(second))).await.unwrap();
+        }
+        let young = ended(TimeDelta::hours(23));
+        db.ledger.record(&young).await.unwrap();
+        daemon.start();
+        eventually("the old ones are gone", PATIENCE, async || daemon.runs("poll").await.len() == 1).await;
+        daemon.drain().await;
+        assert_eq!(daemon.runs("poll").await, [young]);
     }
 
     async fn a_run_whose_end_is_refused_does_not_stay_at_work(db) {

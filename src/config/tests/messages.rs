@@ -31,7 +31,7 @@ cron = \"30 3 * * *\"
 config/timelined.toml:2:1: http.listn: unknown key; http takes allowed_origins, listen, ops_listen, public_url, shutdown_timeout; did you mean \"listen\"?
 config/timelined.toml:3:20: http.shutdown_timeout: 20 has no unit; a duration from 0s to 10m, such as \"90s\" or \"1h 30m\"; did you mean \"20s\"?
 config/timelined.toml:6:10: realtime.window: 0 is too small; a whole number from 1 to 10000
-config/timelined.toml:8:2: lgo: unknown key; the file takes auth, database, export, http, jobs, log, mail, realtime, state_directory; did you mean \"log\"?
+config/timelined.toml:8:2: lgo: unknown key; the file takes auth, database, export, history, http, jobs, log, mail, realtime, state_directory; did you mean \"log\"?
 config/timelined.toml:14:8: jobs.a.cron: \"30 3 * * *\" has five fields; six are needed, seconds first; did you mean \"0 30 3 * * *\"?
 TIMELINED_HTTP__LISTEN: unknown variable; a name is TIMELINED__SECTION__KEY, in capitals, with two underscores before each part; did you mean \"TIMELINED__HTTP__LISTEN\"?
 TIMELINED__REALTIME__ACK_TIMEOUT: 30 has no unit; a duration from 1s to 10m, such as \"90s\" or \"1h 30m\"; did you mean \"30s\"?"
@@ -239,6 +239,10 @@ const WRONG_VALUES: &[(&str, &str)] = &[
         "1:15: export.keep: \"7 dogs\" is not a duration (unknown time unit \"dogs\", supported units: ns, us/µs, ms, sec, min, hours, days, weeks, months, years (and few variations)); a duration from 1s to 3650d, such as \"90s\" or \"1h 30m\"",
     ),
     (
+        "history.keep = \"5m\"",
+        "1:16: history.keep: \"5m\" is too short; a duration from 1h to 3650d, such as \"90s\" or \"1h 30m\"",
+    ),
+    (
         "log.format = \"jsn\"",
         "1:14: log.format: \"jsn\" is unknown; \"auto\", \"text\" or \"json\"; did you mean \"json\"?",
     ),
@@ -396,11 +400,11 @@ fn keys_that_are_unknown_doubled_or_broken_are_told_with_their_place() {
     assert_said(&[
         (
             "windw = 1",
-            "1:1: windw: unknown key; the file takes auth, database, export, http, jobs, log, mail, realtime, state_directory",
+            "1:1: windw: unknown key; the file takes auth, database, export, history, http, jobs, log, mail, realtime, state_directory",
         ),
         (
             "listen = \"127.0.0.1:1\"",
-            "1:1: listen: unknown key; the file takes auth, database, export, http, jobs, log, mail, realtime, state_directory; did you mean \"http.listen\"?",
+            "1:1: listen: unknown key; the file takes auth, database, export, history, http, jobs, log, mail, realtime, state_directory; did you mean \"http.listen\"?",
         ),
         (
             "\"http.listen\" = \"127.0.0.1:1\"",

@@ -127,6 +127,9 @@ fn without_a_file_the_defaults_stand() {
                 directory: setup.path("data/exports"),
                 keep: Duration::from_hours(7 * 24),
             },
+            history: History {
+                keep: Duration::from_hours(30 * 24),
+            },
             log: Log {
                 format: LogFormat::Auto,
                 level: "info".to_owned(),

@@ -208,6 +208,23 @@ impl JobLedger for PgStorage {
         found.iter().map(rows::run).collect()
     }
 
+    async fn prune(&self, before: DateTime<Utc>, limit: u32) -> StorageResult<u64> {
+        let old = sqlx::query(
+            "delete from job_runs
+             where id in (select r.id from job_runs r
+                          where r.finished_at < $1
+                            and exists (select 1 from job_runs n where n.job = r.job and n.id > r.id)
+                          order by r.finished_at limit $2
+                          -- several daemons prune at once
+                          for update skip locked)",
+        )
+        .bind(before)
+        .bind(i64::from(limit))
+        .execute(&self.worker)
+        .await?;
+        Ok(old.rows_affected())
+    }
+
     async fn recover(&self) -> StorageResult<u64> {
         // The database is shared: what runs may be another daemon's.
         Ok(0)

@@ -248,6 +248,25 @@ impl JobLedger for SqliteStorage {
         found.iter().map(rows::run).collect()
     }
 
+    async fn prune(&self, before: DateTime<Utc>, limit: u32) -> StorageResult<u64> {
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    let old = sqlx::query(
+                        "delete from job_runs
+                         where id in (select r.id from job_runs r
+                                      where r.finished_at < $1
+                                        and exists (select 1 from job_runs n where n.job = r.job and n.id > r.id)
+                                      order by r.finished_at limit $2)",
+                    )
+                    .bind(at(before))
+                    .bind(limit);
+                    changed(db, old).await
+                })
+            })
+            .await
+    }
+
     async fn recover(&self) -> StorageResult<u64> {
         self.writer
             .write(move |db| {
