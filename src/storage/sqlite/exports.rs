@@ -356,7 +356,7 @@ impl ExportStore for SqliteStorage {
             .iter()
             .map(|file| serde_json::json!([file.tenant, text(file.export).to_string()]))
             .collect();
-        let gone = set(&gone).to_string();
+        let gone = set(&gone);
         self.writer
             .write(move |db| {
                 Box::pin(async move {
