@@ -227,7 +227,9 @@ impl Timeline {
         let at = self
             .events
             .record_delivered(&reader.tenant, id, audience, &reader.subject, now)
-            .await?;
+            .await?
+            // Deleted since it was found.
+            .ok_or(Refusal::NotFound)?;
         self.hub.tell_receipt(&event, Some(at), None, None, now);
         Ok(at)
     }

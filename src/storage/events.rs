@@ -388,7 +388,7 @@ pub trait EventRepository: Send + Sync + 'static {
     ) -> StorageResult<Vec<Receipt>>;
 
     /// Records that an event was delivered to `audience`, pending or not. Answers the first
-    /// `delivered_at`.
+    /// `delivered_at`, or `None` where the event is gone.
     async fn record_delivered(
         &self,
         tenant: &TenantId,
@@ -396,7 +396,7 @@ pub trait EventRepository: Send + Sync + 'static {
         audience: Audience,
         by: &Subject,
         now: DateTime<Utc>,
-    ) -> StorageResult<DateTime<Utc>>;
+    ) -> StorageResult<Option<DateTime<Utc>>>;
 
     /// Records that `reader` read those among `ids` that `view` shows and that belong to `contacts`
     /// (any, if `None`). Answers all of them with this reader's first time.

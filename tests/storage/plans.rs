@@ -465,6 +465,20 @@ async fn check_plans(db: &Database) {
             .await;
     }
 
+    for (statement, table) in ["event_outbox", "event_deliveries", "event_reads"]
+        .into_iter()
+        .enumerate()
+    {
+        let index = match (db.engine, table) {
+            (Engine::Postgres, table) => format!("{table}_pkey"),
+            (Engine::Sqlite, "event_outbox") => "event_outbox_event".to_owned(),
+            (Engine::Sqlite, _) => "PRIMARY KEY".to_owned(),
+        };
+        plans
+            .check("events::forget", statement, &[acme(), set(&events)], &index)
+            .await;
+    }
+
     // The worker's looks, all of them across tenants or a tenant's whole history.
     let statements = db.either(3, 1);
     for statement in 0..statements {

@@ -523,21 +523,28 @@ impl EventRepository for PgStorage {
         audience: Audience,
         by: &Subject,
         now: DateTime<Utc>,
-    ) -> StorageResult<DateTime<Utc>> {
+    ) -> StorageResult<Option<DateTime<Utc>>> {
+        // The event is locked, since nothing would ever delete the delivery of one that goes meanwhile.
         // A delivery that stands is written again as it is, so that it is answered even where it
         // was recorded after this statement began.
         let row = sqlx::query(
-            "with ended as (
-                 delete from event_outbox where tenant_id = $1 and event_id = $2 and audience = $3),
+            "with event as (
+                 select tenant_id, id from contact_events where tenant_id = $1 and id = $2
+                 for key share),
+             ended as (
+                 delete from event_outbox where tenant_id = $1 and event_id = $2 and audience = $3
+                 returning 1),
              recorded as (
                  insert into event_deliveries as d (tenant_id, event_id, audience, outcome, recorded_at, recorded_by)
-                 values ($1, $2, $3, 'delivered', $4, $5)
+                 select tenant_id, id, $3, 'delivered', $4, $5 from event
+                 -- the outbox first, as everybody does: else two could wait for each other
+                 where (select count(*) from ended) >= 0
                  on conflict (tenant_id, event_id, audience) do update
                  set outcome = 'delivered',
                      recorded_at = case d.outcome when 'expired' then excluded.recorded_at else d.recorded_at end,
                      recorded_by = case d.outcome when 'expired' then excluded.recorded_by else d.recorded_by end
                  returning recorded_at)
-             select least((select recorded_at from recorded), min(recorded_at)) as delivered_at
+             select (select recorded_at from recorded) as now_at, min(recorded_at) as before_at
              from event_deliveries
              where tenant_id = $1 and event_id = $2 and outcome = 'delivered'",
         )
@@ -548,7 +555,8 @@ impl EventRepository for PgStorage {
         .bind(by.as_str())
         .fetch_one(&self.foreground)
         .await?;
-        Ok(row.time("delivered_at")?.unwrap_or(now))
+        let (now_at, before_at) = (row.time("now_at")?, row.time("before_at")?);
+        Ok(now_at.map(|at| before_at.map_or(at, |before| before.min(at))))
     }
 
     async fn mark_read(
@@ -569,7 +577,10 @@ impl EventRepository for PgStorage {
                  where e.tenant_id = $1 and e.id = any($2)
                    and ($3::uuid[] is null or e.contact_id = any($3))
                    and case $5 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else true end
-                   and ($6::timestamptz is null or e.expires_at is null or e.expires_at > $6)),
+                   and ($6::timestamptz is null or e.expires_at is null or e.expires_at > $6)
+                 -- nothing would ever delete the receipt of an event that goes meanwhile
+                 order by e.id
+                 for key share of e),
              new as (
                  insert into event_reads (tenant_id, event_id, reader, read_at)
                  select $1, id, $4, $7 from shown where read_at is null order by id
@@ -692,7 +703,7 @@ impl EventRepository for PgStorage {
         .fetch_optional(&mut *transaction)
         .await?;
         let Some(row) = row else { return Ok(None) };
-        forget(&mut transaction, tenant, id).await?;
+        forget(&mut transaction, tenant, &[id.uuid()]).await?;
         audit(
             &mut transaction,
             tenant,
@@ -717,33 +728,28 @@ impl EventRepository for PgStorage {
     ) -> StorageResult<u64> {
         // Skips what another daemon is deleting, or a request changing: a row whose expiry is being
         // moved must not be deleted by the one that it had.
-        let count: i64 = sqlx::query_scalar(
-            "with gone as (
-                 delete from contact_events
-                 where tenant_id = $1 and ctid = any(array(
-                     select ctid from contact_events
-                     where tenant_id = $1 and expires_at < $2
-                     order by expires_at
-                     limit $3
-                     for update skip locked))
-                 returning id),
-             outbox as (
-                 delete from event_outbox
-                 where tenant_id = $1 and event_id = any(array(select id from gone))),
-             deliveries as (
-                 delete from event_deliveries
-                 where tenant_id = $1 and event_id = any(array(select id from gone))),
-             reads as (
-                 delete from event_reads
-                 where tenant_id = $1 and event_id = any(array(select id from gone)))
-             select count(*) from gone",
+        let mut transaction = self.worker.begin().await?;
+        let gone: Vec<Uuid> = sqlx::query_scalar(
+            "delete from contact_events
+             where tenant_id = $1 and ctid = any(array(
+                 select ctid from contact_events
+                 where tenant_id = $1 and expires_at < $2
+                 order by expires_at
+                 limit $3
+                 for update skip locked))
+             returning id",
         )
         .bind(tenant.as_str())
         .bind(cutoff)
         .bind(i64::from(limit))
-        .fetch_one(&self.worker)
+        .fetch_all(&mut *transaction)
         .await?;
-        Ok(count.unsigned_abs())
+        if gone.is_empty() {
+            return Ok(0);
+        }
+        forget(&mut transaction, tenant, &gone).await?;
+        transaction.commit().await?;
+        Ok(gone.len() as u64)
     }
 
     async fn find_repeat(
@@ -1088,17 +1094,17 @@ async fn update(
     rows::event(&row).map(Some)
 }
 
-/// Deletes what stands beside an event. One statement after the other: each sees the receipts that
+/// Deletes what stands beside events. One statement after the other: each sees the receipts that
 /// the one before had to wait for.
-async fn forget(db: &mut PgConnection, tenant: &TenantId, id: EventId) -> StorageResult<()> {
+async fn forget(db: &mut PgConnection, tenant: &TenantId, ids: &[Uuid]) -> StorageResult<()> {
     for statement in [
-        "delete from event_outbox where tenant_id = $1 and event_id = $2",
-        "delete from event_deliveries where tenant_id = $1 and event_id = $2",
-        "delete from event_reads where tenant_id = $1 and event_id = $2",
+        "delete from event_outbox where tenant_id = $1 and event_id = any($2)",
+        "delete from event_deliveries where tenant_id = $1 and event_id = any($2)",
+        "delete from event_reads where tenant_id = $1 and event_id = any($2)",
     ] {
         sqlx::query(statement)
             .bind(tenant.as_str())
-            .bind(id.uuid())
+            .bind(ids)
             .execute(&mut *db)
             .await?;
     }

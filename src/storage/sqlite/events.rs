@@ -481,7 +481,7 @@ impl EventRepository for SqliteStorage {
         audience: Audience,
         by: &Subject,
         now: DateTime<Utc>,
-    ) -> StorageResult<DateTime<Utc>> {
+    ) -> StorageResult<Option<DateTime<Utc>>> {
         let (tenant, by) = (tenant.clone(), by.clone());
         self.writer
             .write(move |db| {
@@ -496,7 +496,7 @@ impl EventRepository for SqliteStorage {
                     .await?;
                     let ended = set(&[[id.to_string(), audience.to_string()]]);
                     deliver(db, &tenant, &ended, &by, now).await?;
-                    let first: i64 = sqlx::query_scalar(
+                    let first: Option<i64> = sqlx::query_scalar(
                         "select min(recorded_at) from event_deliveries
                          where tenant_id = $1 and event_id = $2 and outcome = 'delivered'",
                     )
@@ -504,7 +504,7 @@ impl EventRepository for SqliteStorage {
                     .bind(text(id.uuid()))
                     .fetch_one(&mut *db)
                     .await?;
-                    Ok(DateTime::from_timestamp_micros(first).unwrap_or(now))
+                    Ok(first.map(|first| DateTime::from_timestamp_micros(first).unwrap_or(now)))
                 })
             })
             .await
@@ -1060,7 +1060,9 @@ async fn deliver(
 ) -> StorageResult<()> {
     sqlx::query(
         "insert into event_deliveries (tenant_id, event_id, audience, outcome, recorded_at, recorded_by)
-         select $1, value ->> 0, value ->> 1, 'delivered', $3, $4 from json_each($2) where true
+         select $1, value ->> 0, value ->> 1, 'delivered', $3, $4 from json_each($2)
+         -- nothing would ever delete the delivery of an event that is gone
+         where exists (select 1 from contact_events e where e.tenant_id = $1 and e.id = value ->> 0)
          on conflict (tenant_id, event_id, audience) do update
          set outcome = 'delivered', recorded_at = excluded.recorded_at, recorded_by = excluded.recorded_by
          where outcome = 'expired'",
