@@ -94,7 +94,9 @@ create index event_outbox_tail on event_outbox (xid, seq);
 -- What expired before anybody acknowledged it, across tenants.
 create index event_outbox_expiry on event_outbox (expires_at) where expires_at is not null;
 
-create function contact_events_to_outbox() returns trigger language plpgsql as $$
+create function contact_events_to_outbox() returns trigger language plpgsql
+    -- of this schema, whatever the search path of the program that inserts
+    set search_path from current as $$
 begin
     insert into event_outbox (tenant_id, event_id, contact_id, audience, rank, seq, occurred_at, expires_at)
     select tenant_id, id, contact_id,

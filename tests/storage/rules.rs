@@ -3,7 +3,8 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 use timelined::domain::{Audience, Category, Delivery, Priority, Source, Visibility, event_types};
-use timelined::storage::{Filter, Page, View, unreadable_rows};
+use timelined::storage::postgres::PgStorage;
+use timelined::storage::{Filter, Page, Storage, View, unreadable_rows};
 use tokio::sync::Mutex;
 
 use crate::support::builders::*;
@@ -345,5 +346,29 @@ conformance! {
         assert_eq!(db.count(&row).await, 1);
         let other = format!("timeline_events where id = '{}' and delivered = {no} and read = {no}", id(2), no = db.flag(false));
         assert_eq!(db.count(&other).await, 1);
+    }
+
+    async fn an_insert_from_any_search_path_fills_the_outbox_of_its_own_schema(db) {
+        if db.engine == Engine::Sqlite {
+            // It has no schemas.
+            return;
+        }
+        db.execute("create schema crm").await.unwrap();
+        let url = format!("{}?options=-c%20search_path%3Dcrm", db.url().await);
+        let crm = Storage::postgres(PgStorage::open(&url).await.unwrap());
+        crm.migrate().await.unwrap();
+        crm.check_schema().await.unwrap();
+        for path in ["public", "pg_catalog"] {
+            db.execute(&format!(
+                "set search_path = {path};
+                 insert into crm.contact_events (tenant_id, contact_id, event_type, category, source, is_realtime)
+                 values ('acme', '{}', 'note_added', 'note', 'agent', true);
+                 reset search_path",
+                contact(1)
+            )).await.unwrap();
+        }
+        assert_eq!(db.count("crm.event_outbox").await, 2);
+        assert_eq!(db.count("public.event_outbox").await, 0);
+        crm.close().await;
     }
 }
