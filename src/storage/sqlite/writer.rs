@@ -406,10 +406,11 @@ impl Worker {
         requests: usize,
         done: &mut Vec<Done>,
     ) -> StorageResult<()> {
-        let began = Instant::now();
         sqlx::query("begin immediate")
             .execute(&mut self.connection)
             .await?;
+        // Not before: it may have waited for another process.
+        let began = Instant::now();
         let alone = steps.len() == 1;
         steps.reverse();
         while let Some(request) = steps.pop() {
