@@ -208,6 +208,56 @@ async fn a_failed_fsync_stops_the_daemon_and_loses_nothing_that_was_answered() {
     }
 }
 
+#[tokio::test]
+async fn a_failed_fsync_of_a_checkpoint_stops_the_daemon_and_loses_nothing_that_was_answered() {
+    let plain = Settings::new();
+    let mut daemon = plain.clone().start();
+    assert!(daemon.stop().success());
+    // The file itself, not its log: it is written and synced by checkpoints alone.
+    let file = plain.state().join("timelined.db");
+    let strace = [
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-P",
+        file.to_str().unwrap(),
+        "-e",
+        "trace=fsync,fdatasync",
+        "-e",
+        "inject=fsync,fdatasync:error=EIO",
+    ];
+    let mut daemon = plain.clone().wrapped_in(&strace).start();
+    let token = service("acme");
+    let path = format!("/api/v1/contacts/{CONTACT}/events");
+    let mut answered = Vec::new();
+    for number in 0..400 {
+        let mut body = event(&number.to_string());
+        body["payload"] = json!({ "fat": "x".repeat(40_000) });
+        let request = daemon.request(Method::POST, &path, &token).json(&body);
+        match request.send().await {
+            Ok(response) if response.status() == 201 => answered.push(number.to_string()),
+            _ => break,
+        }
+    }
+    // The log is checkpointed when it holds 4 MiB.
+    assert!(
+        (20..400).contains(&answered.len()),
+        "{} were answered",
+        answered.len()
+    );
+    let status = daemon.wait(Duration::from_secs(20));
+    assert_eq!(status.code(), Some(1));
+    assert!(daemon.log().contains("an fsync failed"), "{}", daemon.log());
+
+    let daemon = plain.start();
+    let found = titles(&daemon, &token).await;
+    for title in &answered {
+        assert!(found.contains(title), "{title} was answered and is gone");
+    }
+}
+
 /// A small file system that ends with the value.
 struct SmallDisk(std::path::PathBuf);
 
