@@ -357,6 +357,12 @@ async fn file(
         Problem::internal()
     })?;
     let file = tokio::fs::File::open(&path).await.map_err(|error| {
+        if error.kind() == std::io::ErrorKind::NotFound {
+            tracing::warn!(export.id = %id, "the file of an export is not here");
+            return Problem::not_found(
+                "the file is not on this daemon: another one rendered it, or it was removed by hand",
+            );
+        }
         tracing::error!(export.id = %id, %error, "the file of an export cannot be opened");
         Problem::internal()
     })?;

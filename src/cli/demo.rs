@@ -157,7 +157,7 @@ fn introduce(to: &Introduction<'_>) -> Done {
          -d '{{\"event_type\":\"note_added\",\"category\":\"note\",\"source\":\"agent\",\"title\":\"Hello\",\"is_realtime\":true}}' \
          'http://{address}/api/v1/contacts/{contact}/events'\n\n\
          # watch it over a WebSocket\n\
-         {program} --config {file} events watch --tenant demo {contact}\n\n\
+         {program} --config {file} events watch --tenant demo --address {address} {contact}\n\n\
          # the jobs\n\
          curl -s -H 'Authorization: Bearer {operator}' 'http://{address}/api/v1/jobs'\n\n\
          # a token of your own\n\

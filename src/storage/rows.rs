@@ -415,11 +415,15 @@ pub(super) fn exports_by_key<R: Columns>(
     rows.iter().map(read).collect()
 }
 
-/// Reads a tenant out of the column `tenant_id`.
-pub(super) fn tenant<R: Columns>(row: &R) -> StorageResult<TenantId> {
-    Reader {
-        row,
-        table: "contact_events",
-    }
-    .parsed("tenant_id")
+/// Reads tenants out of the column `tenant_id`; passes over what is none, such as ill-formed UTF-8,
+/// which SQLite takes.
+pub(super) fn tenants<R: Columns>(rows: &[R]) -> Vec<TenantId> {
+    let tenant = |row| {
+        let reader = Reader {
+            row,
+            table: "contact_events",
+        };
+        readable(row, reader.parsed("tenant_id"))
+    };
+    rows.iter().filter_map(tenant).collect()
 }

@@ -1,12 +1,15 @@
 //! The jobs of a real daemon: what the purge takes, what a stop or a kill leaves, what is logged.
 
 use std::collections::BTreeSet;
+use std::io::Read as _;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use reqwest::Method;
 use serde_json::{Value, json};
 use timelined::domain::{Clock as _, SystemClock};
+use timelined::storage::RunState;
 
 use crate::support::builders::MICRO;
 use crate::support::daemon::{Settings, TestDaemon, agent, answer, eventually, operator, service};
@@ -199,6 +202,24 @@ on_both_engines! {
         assert_eq!((&run["state"], &run["attempt"]), (&json!("succeeded"), &json!(1)));
         assert_eq!(run["counts"], json!({ "deleted": 20_000 }), "of both parts");
         assert_eq!(db.count("contact_events").await, 10);
+    }
+
+    async fn a_purge_by_command_that_is_interrupted_stops_between_batches_and_leaves_a_run(db) {
+        expired(db, "acme", 20_000, SystemClock.now() - TimeDelta::days(8)).await;
+        let settings = settings(db, &purging(NEVER)).await;
+        let mut purge = settings.command(&["purge"]).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        eventually("the purge is at work", PATIENCE, async || db.count("contact_events").await < 20_000).await;
+        let signalled = Command::new("kill").args(["-INT", &purge.id().to_string()]).status().unwrap();
+        assert!(signalled.success());
+        let mut said = String::new();
+        purge.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        assert_eq!(purge.wait().unwrap().code(), Some(1), "{said}");
+        let left = db.count("contact_events").await;
+        assert!(left > 0, "the purge was over before the signal");
+        assert!(said.contains(&format!("deleted {} events", 20_000 - left)), "{said}");
+        let runs = db.ledger.runs("purge-expired", None, 9).await.unwrap();
+        assert_eq!((runs.len(), runs[0].state), (1, RunState::Cancelled));
+        assert_eq!(i64::try_from(runs[0].counts["deleted"]).unwrap(), 20_000 - left);
     }
 
     async fn a_large_purge_does_not_stall(db) {

@@ -320,6 +320,26 @@ conformance! {
         assert_eq!(db.ledger.last_runs(&[]).await.unwrap(), []);
     }
 
+    async fn runs_that_ended_before_an_instant_are_deleted_oldest_first_and_the_newest_of_a_job_stays(db) {
+        let mut ids = Vec::new();
+        for n in 0..5 {
+            let id = RunId::generate(t0() + minutes(n));
+            let run = Run { finished_at: Some(t0() + minutes(n)), ..skipped(id, t0() + minutes(n)) };
+            db.ledger.record(&run).await.unwrap();
+            ids.push(id);
+        }
+        let left = async || {
+            let runs = db.ledger.runs(JOB, None, 9).await.unwrap();
+            runs.iter().rev().map(|run| run.id).collect::<Vec<_>>()
+        };
+        assert_eq!(db.ledger.prune(t0() + minutes(3), 2).await.unwrap(), 2);
+        assert_eq!(left().await, ids[2..]);
+        assert_eq!(db.ledger.prune(t0() + minutes(3), 9).await.unwrap(), 1, "strictly before");
+        assert_eq!(left().await, ids[3..]);
+        assert_eq!(db.ledger.prune(t0() + hours(9), 9).await.unwrap(), 1);
+        assert_eq!(left().await, ids[4..]);
+    }
+
     async fn what_a_daemon_left_running_is_recovered_into_the_queue(db) {
         let due = now(db).await - TimeDelta::seconds(9);
         let (left, _) = claim(db, JOB, due, Trigger::Schedule).await;

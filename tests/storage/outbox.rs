@@ -5,7 +5,7 @@ use timelined::domain::{Audience, ContactId, Delivery, EventId, Priority, Tenant
 use timelined::storage::{Key, Page, Tail, TailMark, Undelivered, View};
 
 use crate::support::builders::*;
-use crate::support::database::Database;
+use crate::support::database::{Database, Engine};
 
 fn everyone(_: &str, _: ContactId) -> bool {
     true
@@ -76,6 +76,23 @@ async fn outcome(db: &Database, tenant: &TenantId, event: EventId) -> Delivery {
 }
 
 conformance! {
+    async fn a_tenant_that_is_no_text_stops_neither_delivery_nor_purge(db) {
+        // PostgreSQL takes no such row.
+        if db.engine == Engine::Postgres {
+            return;
+        }
+        let mark = db.events.tail_end().await.unwrap();
+        let insert = "insert into contact_events (tenant_id, contact_id, event_type, category, source, is_realtime, created_at, occurred_at, expires_at)
+                      values (cast(x'ff' as text), '0190b5f0-7c1e-7d3a-8f00-0000000000cf', 'x', 'note', 'agent', 1, 1000000, 1000000, 2000000)";
+        db.execute(insert).await.unwrap();
+        let expired = event().realtime().expires_at(t0() + hours(1)).recorded();
+        db.given(&acme(), [expired.clone()]).await;
+        let tail = db.events.tail(&mark, &|_, _| true).await.unwrap();
+        assert_eq!(tail.entries.iter().map(|entry| entry.event_id).collect::<Vec<_>>(), [expired.id]);
+        assert_eq!(db.events.expiring_tenants().await.unwrap(), [acme()]);
+        assert_eq!(db.events.delete_expired_before(&acme(), t0() + days(1), 10).await.unwrap(), 1);
+    }
+
     async fn only_realtime_events_that_somebody_may_see_wait(db) {
         db.given(&acme(), [
             event().id(id(1)).recorded(),

@@ -547,12 +547,6 @@ async fn check_plans(db: &Database) {
                     "export_deliveries_queue",
                 )
                 .await;
-            plans
-                .check("exports::expire", 0, &when, "exports_expiry")
-                .await;
-            plans
-                .check("exports::expire", 1, &when, "exports_expiry")
-                .await;
         }
         Engine::Postgres => {
             plans
@@ -566,11 +560,13 @@ async fn check_plans(db: &Database) {
                     "export_deliveries_queue",
                 )
                 .await;
-            plans
-                .check("exports::expire", 0, &when, "exports_expiry")
-                .await;
         }
     }
+    let due = [at(end), number(100)];
+    plans
+        .check("exports::old_files", 0, &due, "exports_expiry")
+        .await;
+    plans.check("ledger::prune", 0, &due, "job_runs_age").await;
     let exported = [
         acme(),
         text(&busy),
@@ -613,7 +609,12 @@ async fn check_plans(db: &Database) {
             "contact_events_timeline",
         )
         .await;
-    let listed = [acme(), text(&id("e0000000", 9000)), number(51)];
+    let listed = [
+        acme(),
+        text(&id("e0000000", 9000)),
+        number(51),
+        set(&["client", "agent", "audit"]),
+    ];
     // Behind the `begin` of its snapshot, where that is written out.
     plans
         .check(

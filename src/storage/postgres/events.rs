@@ -646,7 +646,7 @@ impl EventRepository for PgStorage {
         )
         .fetch_all(&self.worker)
         .await?;
-        rows.iter().map(rows::tenant).collect()
+        Ok(rows::tenants(&rows))
     }
 
     async fn find_expired_before(
@@ -803,7 +803,7 @@ impl EventRepository for PgStorage {
         )
         .fetch_all(&self.worker)
         .await?;
-        rows.iter().map(rows::tenant).collect()
+        Ok(rows::tenants(&rows))
     }
 }
 

@@ -405,7 +405,11 @@ impl EventRepository for SqliteStorage {
             let Ok(contact_id) = ContactId::new(contact.into_uuid()) else {
                 continue;
             };
-            if keep(row.try_get("tenant_id")?, contact_id) {
+            // What is no text is nobody's; the event is counted where it is read.
+            let Ok(tenant) = row.try_get("tenant_id") else {
+                continue;
+            };
+            if keep(tenant, contact_id) {
                 entries.extend(tail_entry(&row, contact_id)?);
             }
         }
@@ -625,7 +629,7 @@ impl EventRepository for SqliteStorage {
         )
         .fetch_all(&self.readers)
         .await?;
-        rows.iter().map(rows::tenant).collect()
+        Ok(rows::tenants(&rows))
     }
 
     async fn find_expired_before(
@@ -778,7 +782,7 @@ impl EventRepository for SqliteStorage {
         )
         .fetch_all(&self.readers)
         .await?;
-        rows.iter().map(rows::tenant).collect()
+        Ok(rows::tenants(&rows))
     }
 }
 
