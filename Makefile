@@ -11,7 +11,7 @@ test: tools ## every test, on SQLite and on PostgreSQL
 	$(CARGO) test --locked
 
 soak: tools ## the long forms: more kills, larger tables
-	TIMELINED_SOAK=1 $(CARGO) test --locked --test durability
+	SOAK=1 $(CARGO) test --locked --test durability
 
 bench: tools ## our figures beside their references; ONLY=purge for one section
 	PG_FSYNC=on $(CARGO) bench --locked --bench figures -- $(ONLY)
