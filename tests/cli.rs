@@ -5,6 +5,7 @@
     reason = "a test that panics fails, which is what is wanted"
 )]
 
+#[macro_use]
 mod support;
 
 use std::ffi::OsStr;
@@ -12,29 +13,6 @@ use std::process::{Command, Stdio};
 
 use support::daemon::Settings;
 use support::database::Database;
-
-/// Makes of each case one test per engine.
-macro_rules! on_both_engines {
-    ($(async fn $name:ident($db:ident) $body:block)+) => {
-        $(async fn $name($db: &$crate::support::database::Database) $body)+
-
-        mod sqlite {
-            $(#[test]
-            fn $name() {
-                use $crate::support::database::{Engine, run};
-                run(Engine::Sqlite, super::$name);
-            })+
-        }
-
-        mod postgres {
-            $(#[test]
-            fn $name() {
-                use $crate::support::database::{Engine, run};
-                run(Engine::Postgres, super::$name);
-            })+
-        }
-    };
-}
 
 #[path = "cli/commands.rs"]
 mod commands;

@@ -11,30 +11,8 @@
     reason = "a test that panics fails, and its numbers are small"
 )]
 
+#[macro_use]
 mod support;
-
-/// Makes of each case one test per engine.
-macro_rules! conformance {
-    ($($(#[$doc:meta])* async fn $name:ident($db:ident) $body:block)+) => {
-        $($(#[$doc])* async fn $name($db: &$crate::support::database::Database) $body)+
-
-        mod sqlite {
-            $(#[test]
-            fn $name() {
-                use $crate::support::database::{Engine, run};
-                run(Engine::Sqlite, super::$name);
-            })+
-        }
-
-        mod postgres {
-            $(#[test]
-            fn $name() {
-                use $crate::support::database::{Engine, run};
-                run(Engine::Postgres, super::$name);
-            })+
-        }
-    };
-}
 
 #[path = "storage/changing.rs"]
 mod changing;

@@ -116,7 +116,7 @@ async fn audit(db: &Database) -> Vec<(String, String, String, Value, Value)> {
         .collect()
 }
 
-conformance! {
+on_both_engines! {
     async fn only_visibility_and_expiry_change(db) {
         let before = event_about("tag_added", Category::Tag).id(id(1)).title("t").payload(json!({"a": 1}))
             .expires_at(t0() + hours(10)).recorded();

@@ -128,7 +128,7 @@ async fn row_ids(db: &Database, export: &Export, now: DateTime<Utc>) -> Vec<Even
     slice.events.iter().map(|event| event.id).collect()
 }
 
-conformance! {
+on_both_engines! {
     async fn an_export_comes_back_as_it_was_asked_for(db) {
         let request = ExportRequest {
             since: Some(t0() - days(7)),

@@ -76,7 +76,7 @@ fn skipped(id: RunId, scheduled_at: DateTime<Utc>) -> Run {
     }
 }
 
-conformance! {
+on_both_engines! {
     async fn a_time_that_is_due_is_claimed_once(db) {
         let due = now(db).await - TimeDelta::seconds(1);
         let (first, claimed) = claim(db, JOB, due, Trigger::Schedule).await;

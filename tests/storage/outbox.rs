@@ -75,7 +75,7 @@ async fn outcome(db: &Database, tenant: &TenantId, event: EventId) -> Delivery {
         .delivery
 }
 
-conformance! {
+on_both_engines! {
     async fn a_tenant_that_is_no_text_stops_neither_delivery_nor_purge(db) {
         // PostgreSQL takes no such row.
         if db.engine == Engine::Postgres {

@@ -14,7 +14,7 @@ const EXPORTS: i64 = 20_000;
 /// The seconds of 2025-01-01; row `i` of each table is `i` seconds younger.
 const BEGIN: i64 = 1_735_689_600;
 
-conformance! {
+on_both_engines! {
     async fn every_statement_prepares(db) {
         let statements = statements::of(db.engine);
         assert!(statements.len() > 60, "only {} statements were found", statements.len());

@@ -28,7 +28,7 @@ fn texts(numbers: impl IntoIterator<Item = u64>) -> Vec<String> {
         .collect()
 }
 
-conformance! {
+on_both_engines! {
     async fn the_cutoff_is_strict_to_the_microsecond(db) {
         let cutoff = t0() + hours(1);
         db.given(&acme(), [

@@ -47,7 +47,7 @@ fn five() -> Vec<EventId> {
     (1..=5).map(id).collect()
 }
 
-conformance! {
+on_both_engines! {
     async fn an_audience_ends_only_the_waits_that_are_its_own(db) {
         given_waiting(db).await;
         let mark = async |audience| {

@@ -72,7 +72,7 @@ async fn break_the_rules(db: &Database, statements: &str) {
     }
 }
 
-conformance! {
+on_both_engines! {
     async fn the_required_columns_alone_make_an_event(db) {
         let before = machine_now();
         insert(db, &[]).await.unwrap();

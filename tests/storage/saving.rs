@@ -18,7 +18,7 @@ use crate::support::builders::*;
 const UNICODE: &str =
     "Łódź ★ 東京 مرحبا e\u{301} 👩‍👩‍👧 \u{10ffff} '\"\\ ; -- $1 %s \t\r\n\u{1}\u{7f}\u{feff}\u{2028}";
 
-conformance! {
+on_both_engines! {
     async fn every_field_comes_back_as_it_was_saved(db) {
         let payload = json!({
             "z": 1, "a": [null, true, {"deep": [[]]}], "number": 0.1, "huge": 1e300,

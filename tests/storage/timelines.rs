@@ -117,7 +117,7 @@ fn newest_first(events: Vec<ContactEvent>) -> Vec<EventId> {
     ids
 }
 
-conformance! {
+on_both_engines! {
     async fn a_timeline_runs_from_new_to_old_and_ties_are_broken_by_id(db) {
         let at = |number, time| event().id(id(number)).occurred_at(time).recorded();
         db.given(&acme(), [
