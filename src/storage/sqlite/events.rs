@@ -33,7 +33,9 @@ macro_rules! event_columns {
 }
 pub(super) use event_columns;
 
-/// Rows of one multi-row insert at most: 20 columns each, well under SQLite's 32,766 parameters.
+/// Columns of an insert.
+const INSERT_COLUMNS: usize = 20;
+/// Rows of one insert at most, a power of two: well under SQLite's 32,766 parameters.
 const INSERT_ROWS: usize = 256;
 
 impl SqliteStorage {
@@ -816,12 +818,18 @@ pub(super) async fn save(
     let wanted: Vec<usize> = (0..batch.len())
         .filter(|&index| saved[index] == Saved::Created)
         .collect();
-    for chunk in chunks(&wanted) {
-        let inserted = insert(db, chunk.iter().map(|&index| &batch[index].event)).await?;
-        let mut inserted: HashSet<(&str, Uuid)> = inserted
-            .iter()
-            .map(|(tenant, id)| (tenant.as_str(), *id))
-            .collect();
+    for chunk in wanted.chunks(INSERT_ROWS) {
+        let events: Vec<&ContactEvent> = chunk.iter().map(|&index| &batch[index].event).collect();
+        let mut inserted: HashSet<(&str, Uuid)> = HashSet::new();
+        let answer;
+        match insert_new(db, &events).await {
+            Ok(()) => continue,
+            Err(error) if is_conflict(&error) => {
+                answer = insert(db, &events).await?;
+                inserted.extend(answer.iter().map(|(tenant, id)| (tenant.as_str(), *id)));
+            }
+            Err(error) => return Err(error.into()),
+        }
         for &index in chunk {
             let event = &batch[index].event;
             if !inserted.remove(&(event.tenant_id.as_str(), event.id.uuid())) {
@@ -842,19 +850,9 @@ pub(super) async fn save(
     Ok(saved)
 }
 
-/// Chunks of 256, 128, 64 … rows: so few sizes that each statement stays prepared.
-fn chunks(mut rows: &[usize]) -> Vec<&[usize]> {
-    let mut chunks = Vec::new();
-    let mut size = INSERT_ROWS;
-    while !rows.is_empty() {
-        while size > rows.len() {
-            size /= 2;
-        }
-        let (chunk, rest) = rows.split_at(size);
-        chunks.push(chunk);
-        rows = rest;
-    }
-    chunks
+/// Whether saving `batch` is one statement, which leaves nothing behind where it fails.
+pub(super) fn is_one_statement(batch: &[Recording]) -> bool {
+    batch.len() <= INSERT_ROWS && claims(batch).is_empty()
 }
 
 type Known = HashMap<KnownKey, (Vec<u8>, EventId)>;
@@ -918,17 +916,23 @@ async fn claim_keys(
     Ok((fresh, known.collect::<StorageResult<_>>()?))
 }
 
-/// Inserts events; answers tenant and id of those that were new.
-async fn insert<'e>(
-    db: &mut SqliteConnection,
-    events: impl Iterator<Item = &'e ContactEvent>,
-) -> StorageResult<Vec<(String, Uuid)>> {
-    let mut query = sqlx::QueryBuilder::<sqlx::Sqlite>::new(
+/// The events as rows of a statement that inserts them. So many rows of nothing follow that their
+/// number is a power of two: so few different statements stay prepared.
+fn insertion(events: &[&ContactEvent]) -> sqlx::QueryBuilder<sqlx::Sqlite> {
+    let mut query = sqlx::QueryBuilder::new(
         "insert into contact_events (tenant_id, id, contact_id, session_id, event_type, category, priority, \
          source, title, description, payload, metadata, triggered_by, integration_source, is_realtime, \
-         visible_to_client, visible_to_agent, expires_at, occurred_at, created_at) ",
+         visible_to_client, visible_to_agent, expires_at, occurred_at, created_at) select * from (",
     );
-    query.push_values(events, |mut row, event| {
+    let padded = events.len().next_power_of_two();
+    let rows = (events.iter().copied().map(Some)).chain(std::iter::repeat(None));
+    query.push_values(rows.take(padded), |mut row, event| {
+        let Some(event) = event else {
+            for _ in 0..INSERT_COLUMNS {
+                row.push_bind(None::<i64>);
+            }
+            return;
+        };
         row.push_bind(event.tenant_id.as_str())
             .push_bind(text(event.id.uuid()))
             .push_bind(text(event.contact_id.uuid()))
@@ -950,6 +954,29 @@ async fn insert<'e>(
             .push_bind(at(event.occurred_at))
             .push_bind(at(event.created_at));
     });
+    query.push(") where column2 is not null");
+    query
+}
+
+/// Inserts events whose ids are new: what almost all are. Otherwise it fails, and inserts nothing.
+async fn insert_new(
+    db: &mut SqliteConnection,
+    events: &[&ContactEvent],
+) -> Result<(), sqlx::Error> {
+    insertion(events).build().execute(db).await?;
+    Ok(())
+}
+
+fn is_conflict(error: &sqlx::Error) -> bool {
+    (error.as_database_error()).is_some_and(sqlx::error::DatabaseError::is_unique_violation)
+}
+
+/// Inserts those events whose ids are new; answers their tenants and ids.
+async fn insert(
+    db: &mut SqliteConnection,
+    events: &[&ContactEvent],
+) -> StorageResult<Vec<(String, Uuid)>> {
+    let mut query = insertion(events);
     query.push(" on conflict (tenant_id, id) do nothing returning tenant_id, id");
     let rows: Vec<(String, Hyphenated)> = query.build_query_as().fetch_all(db).await?;
     Ok(rows

@@ -2,7 +2,8 @@
 //!
 //! A single task owns the writing connection. It takes what has gathered, runs each request in a
 //! savepoint of its own, commits once, and only then answers. With one client every request pays an
-//! fsync; with 64, 64 of them share it.
+//! fsync; with 64, 64 of them share it. It has a thread of its own: among the daemon's tasks it would
+//! wait, at each statement's end, behind all the requests that are being read and answered.
 //!
 //! Each statement costs two switches to the thread that sqlx runs SQLite on, which is more than most
 //! statements cost themselves. So what is asked for most, saving an event, is merged further: all
@@ -10,7 +11,10 @@
 //! so that nobody suffers for another's fault.
 //!
 //! Checkpoints are made here, not by SQLite itself, which ignores the result of its automatic ones:
-//! a checkpoint whose fsync failed must stop the daemon like a commit's.
+//! a checkpoint whose fsync failed must stop the daemon like a commit's. A second connection makes
+//! them beside the writer, so that nobody waits for one. What is committed meanwhile keeps the WAL from
+//! beginning anew; when it has grown nonetheless, the writer makes a last one itself, of the little
+//! that is left.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,6 +24,7 @@ use futures_util::future::BoxFuture;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection};
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::storage::{Recording, Saved, StorageError, StorageResult};
@@ -33,8 +38,10 @@ const SMALLEST_BATCH: usize = 16;
 const RUN_TO_COMMIT: f64 = 4.0;
 /// Requests that may wait; more wait for a place.
 const QUEUE: usize = 1024;
-/// The WAL is checkpointed each time that it has grown by so many bytes.
+/// The WAL is checkpointed beside the writer each time that it has grown by so many bytes.
 const CHECKPOINT_BYTES: u64 = 4 * 1024 * 1024;
+/// And by the writer itself when it has grown by so many: then it begins anew.
+const LARGEST_WAL: u64 = 4 * CHECKPOINT_BYTES;
 
 /// A request that waits for its transaction.
 trait Request: Send {
@@ -147,7 +154,15 @@ async fn save_each(
     }
     let sizes: Vec<usize> = batches.iter().map(Vec::len).collect();
     let all: Vec<Recording> = batches.into_iter().flatten().collect();
-    if let Ok(saved) = in_savepoint(connection, &all).await? {
+    let saved = if super::events::is_one_statement(&all) {
+        match super::events::save(connection, &all).await {
+            Err(error) if ends_transaction(&error) => return Err(error),
+            saved => saved,
+        }
+    } else {
+        in_savepoint(connection, &all).await?
+    };
+    if let Ok(saved) = saved {
         let mut saved = saved.into_iter();
         let results = sizes
             .iter()
@@ -224,7 +239,8 @@ fn steps(batch: &mut Vec<Waiting>) -> Vec<Box<dyn Request>> {
 pub(super) struct Writer {
     requests: mpsc::Sender<Waiting>,
     failed: CancellationToken,
-    task: Arc<Mutex<Option<tokio::task::JoinHandle<()>>>>,
+    /// Answers when the thread has ended.
+    ended: Arc<Mutex<Option<oneshot::Receiver<()>>>>,
     closing: CancellationToken,
     /// When the transaction in hand began.
     began: watch::Receiver<Option<Instant>>,
@@ -232,14 +248,16 @@ pub(super) struct Writer {
 
 impl Writer {
     pub(super) async fn open(path: &Path, options: &SqliteConnectOptions) -> StorageResult<Self> {
+        let options = options.clone().pragma("wal_autocheckpoint", "0");
+        let checkpointer = options.connect().await?;
         let connection = options
-            .clone()
-            .pragma("wal_autocheckpoint", "0")
             // The WAL shrinks to what it holds when it begins anew, so that its size says how much
             // there is to checkpoint.
             .pragma("journal_size_limit", "0")
             // What a savepoint would take back is small; in a file it costs a fifth of a save.
             .pragma("temp_store", "memory")
+            // KiB: the inner pages of some million rows' indexes.
+            .pragma("cache_size", "-8192")
             .connect()
             .await?;
         let mut wal = path.as_os_str().to_owned();
@@ -250,8 +268,12 @@ impl Writer {
         let (in_hand, began) = watch::channel(None);
         let mut worker = Worker {
             connection,
-            wal: PathBuf::from(wal),
-            checkpoint_at: CHECKPOINT_BYTES,
+            checkpoints: Checkpoints {
+                wal: PathBuf::from(wal),
+                at: CHECKPOINT_BYTES,
+                finish_at: LARGEST_WAL,
+                state: Checkpointer::Idle(checkpointer),
+            },
             batch: BATCH,
             failed: failed.clone(),
             in_hand,
@@ -259,19 +281,28 @@ impl Writer {
         let stop = closing.clone();
         // A task that ends in a panic takes no more requests: that must not pass for a quiet day.
         let lost = failed.clone().drop_guard();
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "the writer outlives every tracked task, since they write while they end; close() waits for it"
-        )]
-        let task = tokio::spawn(async move {
-            worker.serve(queue, stop).await;
-            worker.end().await;
-            lost.disarm();
-        });
+        let (ending, ended) = oneshot::channel();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .map_err(sqlx::Error::Io)?;
+        std::thread::Builder::new()
+            .name("sqlite-writer".to_owned())
+            .spawn(move || {
+                runtime.block_on(async move {
+                    worker.serve(queue, stop).await;
+                    worker.end().await;
+                });
+                lost.disarm();
+                ending
+                    .send(())
+                    .unwrap_or_else(|()| tracing::debug!("the writer was dropped, not closed"));
+            })
+            .map_err(sqlx::Error::Io)?;
         Ok(Self {
             requests,
             failed,
-            task: Arc::new(Mutex::new(Some(task))),
+            ended: Arc::new(Mutex::new(Some(ended))),
             closing,
             began,
         })
@@ -330,18 +361,17 @@ impl Writer {
     /// Ends after what has been asked for is committed.
     pub(super) async fn close(&self) {
         self.closing.cancel();
-        if let Some(task) = self.task.lock().await.take()
-            && let Err(error) = task.await
+        if let Some(ended) = self.ended.lock().await.take()
+            && ended.await.is_err()
         {
-            tracing::error!(%error, "the database writer ended abnormally");
+            tracing::error!("the database writer ended abnormally");
         }
     }
 }
 
 struct Worker {
     connection: SqliteConnection,
-    wal: PathBuf,
-    checkpoint_at: u64,
+    checkpoints: Checkpoints,
     /// How many requests the next transaction takes, from the times of those before.
     batch: usize,
     failed: CancellationToken,
@@ -349,8 +379,102 @@ struct Worker {
     in_hand: watch::Sender<Option<Instant>>,
 }
 
+/// Moves what is committed from the WAL to the database.
+struct Checkpoints {
+    wal: PathBuf,
+    /// The size of the WAL at which the next one begins, beside the writer.
+    at: u64,
+    /// And at which the writer makes one itself.
+    finish_at: u64,
+    state: Checkpointer,
+}
+
+/// The connection that checkpoints beside the writer.
+enum Checkpointer {
+    Idle(SqliteConnection),
+    Busy(JoinHandle<(SqliteConnection, StorageResult<()>)>),
+    /// A task of its died.
+    Lost,
+}
+
+impl Checkpoints {
+    /// Ends with the checkpoint in hand; never, where there is none.
+    async fn ended(&mut self) -> StorageResult<()> {
+        let Checkpointer::Busy(task) = &mut self.state else {
+            return std::future::pending().await;
+        };
+        let Ok((connection, result)) = task.await else {
+            self.state = Checkpointer::Lost;
+            return Err(StorageError::from(sqlx::Error::WorkerCrashed));
+        };
+        self.state = Checkpointer::Idle(connection);
+        result
+    }
+
+    fn size(&self) -> u64 {
+        std::fs::metadata(&self.wal).map_or(0, |wal| wal.len())
+    }
+
+    /// Looks at the size of the WAL after a commit.
+    async fn look(&mut self, writer: &mut SqliteConnection) -> StorageResult<()> {
+        let size = self.size();
+        if size < CHECKPOINT_BYTES {
+            (self.at, self.finish_at) = (CHECKPOINT_BYTES, LARGEST_WAL);
+        } else if size >= self.finish_at {
+            // A reader may keep the WAL from beginning anew: then the next try comes when it has
+            // grown by as much again, not at every commit.
+            (self.at, self.finish_at) = (size + CHECKPOINT_BYTES, size + LARGEST_WAL);
+            if matches!(self.state, Checkpointer::Busy(_)) {
+                self.ended().await?;
+            }
+            checkpoint(writer, size).await?;
+        } else if size >= self.at {
+            self.at = size + CHECKPOINT_BYTES;
+            self.begin(size);
+        }
+        Ok(())
+    }
+
+    /// Begins one, unless one is at work.
+    fn begin(&mut self, size: u64) {
+        match std::mem::replace(&mut self.state, Checkpointer::Lost) {
+            Checkpointer::Idle(mut connection) => {
+                #[expect(
+                    clippy::disallowed_methods,
+                    reason = "a task of the writer's own thread, which waits for it at its end"
+                )]
+                let task = tokio::spawn(async move {
+                    let result = checkpoint(&mut connection, size).await;
+                    (connection, result)
+                });
+                self.state = Checkpointer::Busy(task);
+            }
+            other => self.state = other,
+        }
+    }
+}
+
+/// Checkpoints as far as no reader is in the way.
+async fn checkpoint(connection: &mut SqliteConnection, size: u64) -> StorageResult<()> {
+    let began = Instant::now();
+    sqlx::query("pragma wal_checkpoint(passive)")
+        .execute(connection)
+        .await?;
+    tracing::trace!(
+        wal_bytes = size,
+        elapsed_us = micros(began.elapsed()),
+        "checkpointed"
+    );
+    Ok(())
+}
+
 impl Worker {
     async fn serve(&mut self, mut queue: mpsc::Receiver<Waiting>, closing: CancellationToken) {
+        if let Err(error) = self.begin_anew().await
+            && self.is_over(&error)
+        {
+            return;
+        }
         let mut batch = Vec::with_capacity(BATCH);
         loop {
             tokio::select! {
@@ -358,6 +482,12 @@ impl Worker {
                 received = queue.recv_many(&mut batch, self.batch) => if received == 0 { return },
                 // Biased: what was queued before the close is served first.
                 () = closing.cancelled() => return,
+                ended = self.checkpoints.ended() => {
+                    if let Err(error) = ended && self.is_over(&error) {
+                        return;
+                    }
+                    continue;
+                }
             }
             self.in_hand.send_replace(Some(Instant::now()));
             let requests = batch.len();
@@ -369,14 +499,35 @@ impl Worker {
             if let Some(error) = failure.as_ref().filter(|error| is_the_end(error)) {
                 return self.fail(error);
             }
-            if let Err(error) = self.checkpoint_if_grown().await {
-                if is_the_end(&error) {
-                    return self.fail(&error);
-                }
-                tracing::warn!(error = %chain(&error), "could not checkpoint the database");
+            if let Err(error) = self.checkpoints.look(&mut self.connection).await
+                && self.is_over(&error)
+            {
+                return;
             }
             self.in_hand.send_replace(None);
         }
+    }
+
+    /// A WAL that another program left large would be cut by the first commit, which would take long.
+    async fn begin_anew(&mut self) -> StorageResult<()> {
+        if self.checkpoints.size() < CHECKPOINT_BYTES {
+            return Ok(());
+        }
+        sqlx::query("pragma wal_checkpoint(truncate)")
+            .execute(&mut self.connection)
+            .await?;
+        Ok(())
+    }
+
+    /// Whether a checkpoint failed so that nothing can be written any more.
+    fn is_over(&self, error: &StorageError) -> bool {
+        let is_the_end = is_the_end(error);
+        if is_the_end {
+            self.fail(error);
+        } else {
+            tracing::warn!(error = %chain(error), "could not checkpoint the database");
+        }
+        is_the_end
     }
 
     /// Runs steps, which hold so many requests, in one transaction. On an error everything in it is
@@ -443,24 +594,13 @@ impl Worker {
         let ran = began.elapsed();
         sqlx::query("commit").execute(&mut self.connection).await?;
         let committed = began.elapsed().saturating_sub(ran);
+        tracing::trace!(
+            requests,
+            ran_us = micros(ran),
+            committed_us = micros(committed),
+            "committed"
+        );
         self.batch = next_batch(self.batch, requests, ran, committed);
-        Ok(())
-    }
-
-    async fn checkpoint_if_grown(&mut self) -> StorageResult<()> {
-        let size = std::fs::metadata(&self.wal).map_or(0, |wal| wal.len());
-        if size < self.checkpoint_at {
-            if size < CHECKPOINT_BYTES {
-                self.checkpoint_at = CHECKPOINT_BYTES;
-            }
-            return Ok(());
-        }
-        // A reader may keep the WAL from beginning anew: then the next try comes when it has grown
-        // by as much again, not at every commit.
-        self.checkpoint_at = size + CHECKPOINT_BYTES;
-        sqlx::query("pragma wal_checkpoint(passive)")
-            .execute(&mut self.connection)
-            .await?;
         Ok(())
     }
 
@@ -479,8 +619,20 @@ impl Worker {
     async fn end(mut self) {
         if self.failed.is_cancelled() {
             // No further fsync: closing would checkpoint.
-            std::mem::forget(self.connection);
+            std::mem::forget((self.connection, self.checkpoints));
             return;
+        }
+        if matches!(self.checkpoints.state, Checkpointer::Busy(_))
+            && let Err(error) = self.checkpoints.ended().await
+            && self.is_over(&error)
+        {
+            std::mem::forget((self.connection, self.checkpoints));
+            return;
+        }
+        if let Checkpointer::Idle(connection) = self.checkpoints.state
+            && let Err(error) = connection.close().await
+        {
+            tracing::warn!(%error, "could not close the database");
         }
         if let Err(error) = sqlx::query("pragma wal_checkpoint(passive)")
             .execute(&mut self.connection)
@@ -512,6 +664,10 @@ fn next_batch(batch: usize, requests: usize, ran: Duration, committed: Duration)
     wanted
         .clamp(batch / 2, batch * 2)
         .clamp(SMALLEST_BATCH, BATCH)
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn chain(error: &dyn std::error::Error) -> String {
