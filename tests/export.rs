@@ -327,6 +327,8 @@ async fn a_lost_claim_ends_rendering_and_removes_the_unfinished_file() {
         .exports
         .claim_render(other, start(), start() + TimeDelta::hours(1));
     assert!(taken.await.unwrap().is_some());
+    // The claim is looked at four times a second.
+    home.advance(TimeDelta::milliseconds(250));
     gate.open();
     let directory = home.path().join("exports");
     eventually(|| std::fs::read_dir(&directory).unwrap().count() == 0).await;
