@@ -138,9 +138,9 @@ impl Purge {
     }
 }
 
-/// The size of the next batch: towards `target`, at most doubled or halved at a time.
+/// The size of the next batch: towards `target`, at most half as large again or halved at a time.
 fn next_batch(limit: u32, took: Duration, target: Duration) -> u32 {
-    let factor = (target.as_secs_f64() / took.as_secs_f64().max(1e-6)).clamp(0.5, 2.0);
+    let factor = (target.as_secs_f64() / took.as_secs_f64().max(1e-6)).clamp(0.5, 1.5);
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
@@ -157,7 +157,7 @@ mod tests {
     #[test]
     fn batches_follow_their_time() {
         let target = Duration::from_millis(10);
-        assert_eq!(next_batch(100, Duration::from_millis(1), target), 200);
+        assert_eq!(next_batch(100, Duration::from_millis(1), target), 150);
         assert_eq!(next_batch(100, Duration::from_millis(10), target), 100);
         assert_eq!(next_batch(100, Duration::from_millis(100), target), 50);
         assert_eq!(next_batch(10, Duration::from_secs(1), target), 10);
