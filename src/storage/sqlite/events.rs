@@ -922,7 +922,7 @@ fn insertion(events: &[&ContactEvent]) -> sqlx::QueryBuilder<sqlx::Sqlite> {
     let mut query = sqlx::QueryBuilder::new(
         "insert into contact_events (tenant_id, id, contact_id, session_id, event_type, category, priority, \
          source, title, description, payload, metadata, triggered_by, integration_source, is_realtime, \
-         visible_to_client, visible_to_agent, expires_at, occurred_at, created_at) select * from (",
+         visible_to_client, visible_to_agent, expires_at, occurred_at, created_at) select * from ( ",
     );
     let padded = events.len().next_power_of_two();
     let rows = (events.iter().copied().map(Some)).chain(std::iter::repeat(None));
