@@ -228,7 +228,6 @@ impl From<StorageError> for Problem {
                 )
             }
             StorageError::Migration(_)
-            | StorageError::Fenced
             | StorageError::Corrupt { .. }
             | StorageError::Database(_) => {
                 tracing::error!(error = text, "a request failed");

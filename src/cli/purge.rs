@@ -74,7 +74,6 @@ pub(super) async fn run(global: &Global, options: &Options) -> Done {
         let id = RunId::generate(now);
         let context = RunContext {
             run: id,
-            fence: None,
             scheduled_at: now,
             stop: stop_by_signal()?,
             report: Report::default(),

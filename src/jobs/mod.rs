@@ -25,7 +25,7 @@ pub use purge::{Due, Purge};
 pub use runner::{Runner, RunnerSettings};
 
 use crate::domain::RunId;
-use crate::storage::{Counts, Fence, StorageError};
+use crate::storage::{Counts, StorageError};
 use crate::telemetry::chain;
 
 /// What a run of a job gets.
@@ -33,8 +33,6 @@ use crate::telemetry::chain;
 pub struct RunContext {
     /// The run.
     pub run: RunId,
-    /// Every transaction of the run checks it; `None` where the run is no row, such as a command's.
-    pub fence: Option<Fence>,
     /// The time for which it runs.
     pub scheduled_at: DateTime<Utc>,
     /// Cancelled when the run is to reach a safe point and return what it has.

@@ -694,7 +694,6 @@ async fn attempt(runner: &Shared, slot: &Slot, run: &Run, report: &Report) -> At
     let stop = runner.settings.stop.child_token();
     let context = RunContext {
         run: run.id,
-        fence: None,
         scheduled_at: run.scheduled_at,
         stop: stop.clone(),
         report: report.clone(),

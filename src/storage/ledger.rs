@@ -104,16 +104,6 @@ pub enum Claim {
     NotDue,
 }
 
-/// What proves that a run is still its daemon's: rises with each claim, so that a daemon that was
-/// frozen or cut off, and whose run another one took over, cannot write for it any more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Fence {
-    /// The run.
-    pub run: RunId,
-    /// How often it has been claimed.
-    pub number: u32,
-}
-
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Finish {

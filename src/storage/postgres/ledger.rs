@@ -152,9 +152,8 @@ impl JobLedger for PgStorage {
 
     async fn record(&self, run: &Run) -> StorageResult<()> {
         sqlx::query(
-            "insert into job_runs (id, job, scheduled_at, started_at, finished_at, trigger, attempt, daemon, state, counts, error, is_per_daemon)
-             -- a poll alone is recorded when it has succeeded or failed: each daemon has its own
-             select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10::text::json, $11, $9 <> 'skipped'
+            "insert into job_runs (id, job, scheduled_at, started_at, finished_at, trigger, attempt, daemon, state, counts, error)
+             select $1, $2, $3, $4, $5, $6, $7, $8, $9, $10::text::json, $11
              -- a daemon whose clock is ahead must not take a time from the others
              where $9 <> 'skipped' or $3 <= clock_timestamp()
              on conflict do nothing",
