@@ -533,11 +533,13 @@ impl EventRepository for PgStorage {
                  for key share),
              ended as (
                  delete from event_outbox where tenant_id = $1 and event_id = $2 and audience = $3
+                   -- the event first, as a purge does: else the two could wait for each other
+                   and exists (select 1 from event)
                  returning 1),
              recorded as (
                  insert into event_deliveries as d (tenant_id, event_id, audience, outcome, recorded_at, recorded_by)
                  select tenant_id, id, $3, 'delivered', $4, $5 from event
-                 -- the outbox first, as everybody does: else two could wait for each other
+                 -- the outbox first, as everybody does
                  where (select count(*) from ended) >= 0
                  on conflict (tenant_id, event_id, audience) do update
                  set outcome = 'delivered',
