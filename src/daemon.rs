@@ -12,7 +12,7 @@ use anyhow::{Context as _, anyhow, bail};
 use base64::Engine as _;
 use chrono::TimeDelta;
 use tokio::net::TcpListener;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio_cron_scheduler::JobScheduler;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -23,7 +23,9 @@ use crate::api::{self, ExportsApi, Health, JobsApi, LiveApi, OpsApi, Parts};
 use crate::config::{Config, DatabaseUrl, JobDefinition, JobKind, Synchronous};
 use crate::domain::{Clock, Retention, RunId};
 use crate::export::{self, Exporter};
-use crate::jobs::{Deliver, Job, Pulse, Purge, Runner, RunnerSettings, ScheduleExports};
+use crate::jobs::{
+    Deliver, Job, Pulse, Purge, Runner, RunnerHandle, RunnerSettings, ScheduleExports,
+};
 use crate::live::{Acknowledger, Hub, LiveCounts, Pump, SessionSettings};
 use crate::mail::Mailer;
 use crate::storage::Storage;
@@ -53,7 +55,10 @@ pub struct Daemon {
     writers: TaskTracker,
     stop: CancellationToken,
     abort: CancellationToken,
-    shutdown_timeout: Duration,
+    config: Config,
+    job_parts: JobParts,
+    runner: RunnerHandle,
+    definitions: watch::Sender<Arc<[JobDefinition]>>,
     /// Held as long as the daemon runs; the system lets go of it when the process ends.
     _lock: Option<File>,
 }
@@ -92,7 +97,7 @@ impl Daemon {
             // Nobody else holds this file: what runs was left by a daemon that is gone.
             let runs = storage
                 .ledger
-                .recover()
+                .recover(clock.now())
                 .await
                 .context("cannot take over what was left")?;
             if runs > 0 {
@@ -160,20 +165,18 @@ impl Daemon {
         tracker.spawn(exporter.run(stop.clone(), abort.clone()));
 
         let job_parts = JobParts {
-            storage: &storage,
-            clock: &clock,
-            pump: &pump,
-            counts: &counts,
-            export_wake: &export_wake,
+            storage: storage.clone(),
+            clock: clock.clone(),
+            pump: pump.clone(),
+            counts: counts.clone(),
+            export_wake: export_wake.clone(),
         };
-        let jobs: Vec<_> = config
-            .jobs
-            .iter()
-            .map(|job| (job.clone(), job_parts.job(job)))
-            .collect();
+        let (definitions, definitions_seen) = watch::channel(Arc::from(config.jobs.as_slice()));
+        let jobs = job_parts.jobs(&config.jobs);
         let runner = Runner::new(
             RunnerSettings {
                 ledger: storage.ledger.clone(),
+                is_shared: !storage.is_exclusive(),
                 clock: clock.clone(),
                 daemon,
                 tracker: tracker.clone(),
@@ -185,6 +188,7 @@ impl Daemon {
             },
             jobs,
         );
+        let runner_handle = runner.handle();
         tracker.spawn(runner.run());
         let scheduler = pulse.start().await.context("cannot start the pulse")?;
 
@@ -219,7 +223,7 @@ impl Daemon {
                 wake: export_wake,
             },
             jobs: JobsApi {
-                jobs: config.jobs.into(),
+                jobs: definitions_seen,
                 ledger: storage.ledger.clone(),
                 clock,
                 pulse,
@@ -227,7 +231,7 @@ impl Daemon {
             live: LiveApi {
                 session: Arc::new(session),
                 tracker: tracker.clone(),
-                allowed_origins: config.http.allowed_origins.into(),
+                allowed_origins: config.http.allowed_origins.clone().into(),
             },
             ops: OpsApi {
                 health: health.clone(),
@@ -256,7 +260,10 @@ impl Daemon {
             writers,
             stop,
             abort,
-            shutdown_timeout: config.http.shutdown_timeout,
+            config,
+            job_parts,
+            runner: runner_handle,
+            definitions,
             _lock: lock,
         })
     }
@@ -291,11 +298,44 @@ impl Daemon {
         self.abort.clone()
     }
 
+    /// Applies what another configuration says of the jobs, or nothing. Answers the jobs that were
+    /// added, changed or removed.
+    ///
+    /// # Errors
+    /// The sections that differ and take effect at a start alone.
+    pub fn reload(&mut self, config: Config) -> Result<Vec<String>, String> {
+        let fixed = fixed_sections(&self.config, &config);
+        if !fixed.is_empty() {
+            return Err(format!(
+                "a restart is needed to change {}",
+                fixed.join(", ")
+            ));
+        }
+        let before = &self.config.jobs;
+        let differs = |job: &&JobDefinition| {
+            let same = before.iter().chain(&config.jobs);
+            same.filter(|other| other == job).count() != 2
+        };
+        let mut changed: Vec<String> = before
+            .iter()
+            .chain(&config.jobs)
+            .filter(differs)
+            .map(|job| job.name.clone())
+            .collect();
+        changed.sort();
+        changed.dedup();
+        self.runner.replace(self.job_parts.jobs(&config.jobs));
+        self.definitions
+            .send_replace(Arc::from(config.jobs.as_slice()));
+        self.config = config;
+        Ok(changed)
+    }
+
     /// Stops: nothing new begins, what runs reaches a safe point or is given back, sockets are told.
     pub async fn stop(mut self) {
         tracing::info!(
             running = self.tracker.len(),
-            timeout_s = self.shutdown_timeout.as_secs(),
+            timeout_s = self.config.http.shutdown_timeout.as_secs(),
             "stopping"
         );
         self.stop.cancel();
@@ -307,7 +347,7 @@ impl Daemon {
         // The router, and the senders of acknowledgements with it, end with the last connection.
         let drained = tokio::select! {
             () = self.tracker.wait() => true,
-            () = tokio::time::sleep(self.shutdown_timeout) => false,
+            () = tokio::time::sleep(self.config.http.shutdown_timeout) => false,
             () = self.abort.cancelled() => false,
         };
         if !drained {
@@ -332,16 +372,46 @@ impl Daemon {
     }
 }
 
-/// What jobs are made of.
-struct JobParts<'a> {
-    storage: &'a Storage,
-    clock: &'a Arc<dyn Clock>,
-    pump: &'a Arc<Pump>,
-    counts: &'a Arc<LiveCounts>,
-    export_wake: &'a Arc<Notify>,
+/// The sections of a configuration that differ from those of the start, and take effect there alone.
+fn fixed_sections(old: &Config, new: &Config) -> Vec<&'static str> {
+    [
+        (
+            "state_directory",
+            old.state_directory != new.state_directory,
+        ),
+        ("[database]", old.database != new.database),
+        ("[http]", old.http != new.http),
+        ("[auth]", old.auth != new.auth),
+        ("[mail]", old.mail != new.mail),
+        ("[realtime]", old.realtime != new.realtime),
+        ("[export]", old.export != new.export),
+        ("[history]", old.history != new.history),
+        ("[log]", old.log != new.log),
+        (
+            "whether realtime_delivery runs, and its batch",
+            delivery_batch(&old.jobs) != delivery_batch(&new.jobs),
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(section, differs)| differs.then_some(section))
+    .collect()
 }
 
-impl JobParts<'_> {
+/// What jobs are made of.
+struct JobParts {
+    storage: Storage,
+    clock: Arc<dyn Clock>,
+    pump: Arc<Pump>,
+    counts: Arc<LiveCounts>,
+    export_wake: Arc<Notify>,
+}
+
+impl JobParts {
+    fn jobs(&self, definitions: &[JobDefinition]) -> Vec<(JobDefinition, Arc<dyn Job>)> {
+        let jobs = definitions.iter();
+        jobs.map(|job| (job.clone(), self.job(job))).collect()
+    }
+
     fn job(&self, definition: &JobDefinition) -> Arc<dyn Job> {
         match &definition.kind {
             JobKind::RealtimeDelivery { .. } => {
@@ -350,7 +420,7 @@ impl JobParts<'_> {
             JobKind::PurgeExpired {
                 older_than,
                 dry_run,
-            } => Arc::new(purge(self.storage, self.clock, *older_than, *dry_run)),
+            } => Arc::new(purge(&self.storage, &self.clock, *older_than, *dry_run)),
             JobKind::TimelineExport(settings) => Arc::new(ScheduleExports {
                 name: definition.name.clone(),
                 settings: settings.as_ref().clone(),

@@ -5,6 +5,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::api::Health;
+use crate::config::Config;
 use crate::daemon::Daemon;
 
 /// How the daemon's life ended.
@@ -36,30 +37,41 @@ impl Signals {
         })
     }
 
-    /// Waits for one that ends the daemon.
-    async fn next(&mut self) {
-        loop {
-            tokio::select! {
-                _ = self.terminate.recv() => return,
-                _ = self.interrupt.recv() => return,
-                // TODO: reload the configuration. Meanwhile a SIGHUP must not end the daemon, as it
-                // does by default: whoever sends one wants it to run on.
-                _ = self.hangup.recv() => tracing::warn!(
-                    "SIGHUP: there is no reload yet; the configuration of the start runs on, and a restart applies another"
-                ),
-            }
+    async fn next(&mut self) -> Told {
+        tokio::select! {
+            _ = self.terminate.recv() => Told::Stop,
+            _ = self.interrupt.recv() => Told::Stop,
+            _ = self.hangup.recv() => Told::Reload,
         }
     }
 }
 
-/// Serves until a signal or a failure. A second signal cuts the drain short.
-pub async fn serve(daemon: Daemon, mut signals: Signals) -> Ended {
+/// What a signal asks for.
+enum Told {
+    Stop,
+    Reload,
+}
+
+/// Serves until a signal or a failure. SIGHUP reads the configuration again by `read`; a second
+/// signal that ends the daemon cuts the drain short.
+pub async fn serve(
+    mut daemon: Daemon,
+    mut signals: Signals,
+    read: impl Fn() -> Result<Config, String>,
+) -> Ended {
     notify(&[NotifyState::Ready, NotifyState::Status("serving")]);
     let (failed, health) = (daemon.failed(), daemon.health());
-    tokio::select! {
-        () = signals.next() => {}
-        () = failed.cancelled() => return Ended::Failed,
-        () = feed_watchdog(&health) => {}
+    let watchdog = feed_watchdog(&health);
+    tokio::pin!(watchdog);
+    loop {
+        tokio::select! {
+            told = signals.next() => match told {
+                Told::Stop => break,
+                Told::Reload => reload(&mut daemon, &read),
+            },
+            () = failed.cancelled() => return Ended::Failed,
+            () = &mut watchdog => break,
+        }
     }
     notify(&[
         NotifyState::Stopping,
@@ -68,12 +80,33 @@ pub async fn serve(daemon: Daemon, mut signals: Signals) -> Ended {
     let abort = daemon.abort();
     let stopping = daemon.stop();
     tokio::pin!(stopping);
-    tokio::select! {
-        () = &mut stopping => return ended(&failed),
-        () = signals.next() => abort.cancel(),
+    loop {
+        tokio::select! {
+            () = &mut stopping => return ended(&failed),
+            told = signals.next() => match told {
+                Told::Stop => break abort.cancel(),
+                Told::Reload => tracing::warn!("SIGHUP: the daemon is stopping"),
+            },
+        }
     }
     stopping.await;
     ended(&failed)
+}
+
+/// Applies the configuration as it is now, or keeps the one that runs and says why.
+fn reload(daemon: &mut Daemon, read: impl Fn() -> Result<Config, String>) {
+    match read().and_then(|config| daemon.reload(config)) {
+        Ok(changed) if changed.is_empty() => {
+            tracing::info!("SIGHUP: the configuration is as it was");
+        }
+        Ok(changed) => {
+            let jobs = changed.join(", ");
+            tracing::info!(jobs, "SIGHUP: the configuration was applied; jobs: {jobs}");
+        }
+        Err(error) => {
+            tracing::error!(error, "SIGHUP: nothing was changed: {error}");
+        }
+    }
 }
 
 /// An fsync may fail during the drain, too.

@@ -104,6 +104,20 @@ where
     }
 }
 
+/// Two segments of the address, as they are.
+pub(super) struct Ids(pub(super) String, pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for Ids {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let Path((first, second)) = Path::<(String, String)>::from_request_parts(parts, state)
+            .await
+            .map_err(|error| Problem::bad_request(error.to_string()))?;
+        Ok(Self(first, second))
+    }
+}
+
 /// A JSON body.
 pub(super) struct Json(pub(super) Value);
 

@@ -23,7 +23,7 @@ use tower_http::timeout::RequestBodyTimeoutLayer;
 use tracing::Instrument as _;
 
 pub use exports::ExportsApi;
-pub use jobs::{JobsApi, show as show_job};
+pub use jobs::{JobsApi, show_all as show_jobs};
 pub use live::LiveApi;
 pub use ops::{Health, OpsApi, metrics};
 pub use problem::Problem;

@@ -228,6 +228,7 @@ impl From<StorageError> for Problem {
                 )
             }
             StorageError::Migration(_)
+            | StorageError::Fenced
             | StorageError::Corrupt { .. }
             | StorageError::Database(_) => {
                 tracing::error!(error = text, "a request failed");

@@ -115,7 +115,7 @@ pub(super) async fn run(global: &Global) -> Done {
 
     let moving = move_on(daemon.timeline.clone(), tenant);
     tokio::select! {
-        ended = serve(daemon, signals) => match ended {
+        ended = serve(daemon, signals, || Err("a demo has no configuration of its own".to_owned())) => match ended {
             Ended::Stopped => Ok(()),
             Ended::Failed => Err(Failure::Other(anyhow::anyhow!("the database failed; see the log"))),
         },

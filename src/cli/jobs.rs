@@ -1,20 +1,36 @@
-//! `timelined jobs`: list, run, runs.
+//! `timelined jobs`: list, show, run, pause, resume, runs, cancel, retry.
 
 use clap::Subcommand;
 use serde_json::{Value, json};
 
 use super::{Done, Failure, Global, clock, load, open, print, say};
-use crate::api::show_job;
+use crate::api::show_jobs;
 use crate::config::{Config, JobDefinition};
 use crate::domain::{RunId, Subject, format_time};
-use crate::storage::Run;
+use crate::jobs;
+use crate::storage::{JobAction, JobLedger, Run, RunState};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
     /// The jobs of the configuration, with their next time and last run.
     List,
+    /// One job: its schedule, its last runs, and what operators did to it.
+    Show {
+        /// The job.
+        name: String,
+    },
     /// Ask for a run now; the daemon takes it within a second.
     Run {
+        /// The job.
+        name: String,
+    },
+    /// Stop a job's schedule; it lasts over restarts, until the job is resumed.
+    Pause {
+        /// The job.
+        name: String,
+    },
+    /// Follow a job's schedule again.
+    Resume {
         /// The job.
         name: String,
     },
@@ -26,7 +42,20 @@ pub(super) enum Command {
         #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=200))]
         limit: u32,
     },
+    /// End a run: one that waits at once, one at work at its next safe point.
+    Cancel {
+        /// The run.
+        run: RunId,
+    },
+    /// Try a run again that failed, timed out or was cancelled.
+    Retry {
+        /// The run.
+        run: RunId,
+    },
 }
+
+/// How many runs and actions are shown with a job.
+const SHOWN: u32 = 5;
 
 fn find<'a>(config: &'a Config, name: &str) -> Result<&'a JobDefinition, Failure> {
     let job = config.jobs.iter().find(|job| job.name == name);
@@ -41,39 +70,130 @@ fn find<'a>(config: &'a Config, name: &str) -> Result<&'a JobDefinition, Failure
 
 pub(super) async fn run(global: &Global, command: &Command) -> Done {
     let config = load(global)?.config;
-    if let Command::Run { name } | Command::Runs { name, .. } = command {
+    if let Command::Run { name }
+    | Command::Runs { name, .. }
+    | Command::Show { name }
+    | Command::Pause { name }
+    | Command::Resume { name } = command
+    {
         find(&config, name)?;
     }
     let storage = open(&config).await?;
+    let done = answer(global, command, &config, &*storage.ledger).await;
+    storage.close().await;
+    done
+}
+
+async fn answer(
+    global: &Global,
+    command: &Command,
+    config: &Config,
+    ledger: &dyn JobLedger,
+) -> Done {
     let clock = clock();
-    let done = match command {
+    let by = Subject::new("command line").expect("a short text");
+    match command {
         Command::List => {
-            let names: Vec<String> = config.jobs.iter().map(|job| job.name.clone()).collect();
-            let last = storage.ledger.last_runs(&names).await?;
-            let jobs: Vec<Value> = config
-                .jobs
-                .iter()
-                .map(|job| show_job(job, last.iter().find(|run| run.job == job.name), &*clock))
-                .collect();
+            let jobs = show_jobs(&config.jobs, ledger, &*clock).await?;
             print(global, &json!({ "jobs": jobs }), || table(&jobs))
+        }
+        Command::Show { name } => {
+            let job = find(config, name)?;
+            let jobs = show_jobs(std::slice::from_ref(job), ledger, &*clock).await?;
+            let runs = ledger.runs(name, None, SHOWN).await?;
+            let actions = ledger.actions(name, SHOWN).await?;
+            let shown = json!({ "job": jobs[0], "runs": runs, "actions": actions });
+            print(global, &shown, || {
+                let mut text = format!("{}\n\n{}", table(&jobs), history(&runs));
+                if !actions.is_empty() {
+                    text.push_str("\n\n");
+                    text.push_str(&deeds(&actions));
+                }
+                text
+            })
         }
         Command::Run { name } => {
             let now = clock.now();
             let id = RunId::generate(now);
-            let by = Subject::new("command line").expect("a short text");
-            storage.ledger.enqueue(id, name, &by, now).await?;
+            ledger.enqueue(id, name, &by, now).await?;
             if !global.json {
                 say("queued; a running daemon takes it within a second (see: timelined jobs runs)");
             }
             print(global, &json!({ "run_id": id }), || id.to_string())
         }
+        Command::Pause { name } => {
+            let is_new = ledger.pause(name, &by, ledger.now().await?).await?;
+            print(global, &json!({ "paused": true }), || {
+                let what = if is_new {
+                    "is paused"
+                } else {
+                    "was paused before"
+                };
+                format!("{name} {what}")
+            })
+        }
+        Command::Resume { name } => {
+            let job = find(config, name)?;
+            let was_paused = jobs::resume(ledger, job, &by, ledger.now().await?).await?;
+            print(global, &json!({ "paused": false }), || {
+                let what = if was_paused {
+                    "is resumed"
+                } else {
+                    "was not paused"
+                };
+                format!("{name} {what}")
+            })
+        }
         Command::Runs { name, limit } => {
-            let runs = storage.ledger.runs(name, None, *limit).await?;
+            let runs = ledger.runs(name, None, *limit).await?;
             print(global, &json!({ "runs": runs }), || history(&runs))
         }
-    };
-    storage.close().await;
-    done
+        Command::Cancel { run } => {
+            match ledger.cancel(*run, &by, ledger.now().await?).await? {
+                Some(RunState::Queued | RunState::Running) => {}
+                Some(state) => return ended(*run, "nothing to cancel", state),
+                None => return Err(no_run(*run)),
+            }
+            print(global, &json!({ "run_id": run }), || run.to_string())
+        }
+        Command::Retry { run } => {
+            match ledger.retry(*run, &by, ledger.now().await?).await? {
+                Some(RunState::Failed | RunState::TimedOut | RunState::Cancelled) => {}
+                Some(state) => return ended(*run, "nothing to try again", state),
+                None => return Err(no_run(*run)),
+            }
+            print(global, &json!({ "run_id": run }), || run.to_string())
+        }
+    }
+}
+
+fn ended(run: RunId, what: &str, state: RunState) -> Done {
+    Err(Failure::Other(anyhow::anyhow!(
+        "{what}: run {run} is {state}"
+    )))
+}
+
+fn no_run(run: RunId) -> Failure {
+    Failure::NotFound(format!(
+        "there is no run {run}; see: timelined jobs runs NAME"
+    ))
+}
+
+fn deeds(actions: &[JobAction]) -> String {
+    let mut lines = vec![format!(
+        "{:<28} {:<8} {:<37} {}",
+        "DONE AT", "ACTION", "RUN", "BY"
+    )];
+    lines.extend(actions.iter().map(|did| {
+        let run = did.run_id.map(|run| run.to_string()).unwrap_or_default();
+        format!(
+            "{:<28} {:<8} {run:<37} {}",
+            format_time(did.at),
+            did.action,
+            did.actor
+        )
+    }));
+    lines.join("\n")
 }
 
 fn table(jobs: &[Value]) -> String {
@@ -86,10 +206,10 @@ fn table(jobs: &[Value]) -> String {
         "NAME", "KIND", "SCHEDULE", "NEXT", "LAST RUN"
     )];
     lines.extend(jobs.iter().map(|job| {
-        let next = if job["enabled"] == true {
-            text(&job["next_at"])
-        } else {
-            "disabled".to_owned()
+        let next = match (&job["enabled"], &job["paused"]) {
+            (Value::Bool(false), _) => "disabled".to_owned(),
+            (_, Value::Bool(true)) => "paused".to_owned(),
+            _ => text(&job["next_at"]),
         };
         format!(
             "{:<24} {:<18} {:<22} {:<28} {}",

@@ -74,6 +74,7 @@ pub(super) async fn run(global: &Global, options: &Options) -> Done {
         let id = RunId::generate(now);
         let context = RunContext {
             run: id,
+            fence: None,
             scheduled_at: now,
             stop: stop_by_signal()?,
             report: Report::default(),
@@ -98,6 +99,7 @@ pub(super) async fn run(global: &Global, options: &Options) -> Done {
             trigger: Trigger::Manual,
             attempt: 1,
             daemon: None,
+            fence: 0,
             state,
             counts,
             error,

@@ -26,7 +26,11 @@ pub(super) async fn run(global: &Global) -> Done {
         "get a token   {} token --tenant acme --role service",
         program(global)
     ))?;
-    match serve(daemon, signals).await {
+    let read = || match load(global) {
+        Ok(loaded) => Ok(loaded.config),
+        Err(failure) => Err(failure.to_string()),
+    };
+    match serve(daemon, signals, read).await {
         Ended::Stopped => Ok(()),
         Ended::Failed => Err(Failure::Other(anyhow::anyhow!(
             "stopped because the database could not be made durable; see the log"

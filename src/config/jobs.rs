@@ -32,6 +32,12 @@ const KINDS: [(&str, Kind); 3] = [
     ("timeline_export", Kind::TimelineExport),
 ];
 
+const CATCH_UPS: [(&str, CatchUp); 3] = [
+    ("once", CatchUp::Once),
+    ("skip", CatchUp::Skip),
+    ("all", CatchUp::All),
+];
+
 const CATEGORIES: &[&str] = &[
     "general",
     "status",
@@ -64,6 +70,10 @@ pub struct JobDefinition {
     pub timeout: Duration,
     /// What becomes of a time that comes while a run is still going.
     pub overlap: Overlap,
+    /// What becomes of times that passed while nothing ran.
+    pub catch_up: CatchUp,
+    /// How long ago such a time may be.
+    pub catch_up_within: Duration,
     /// How a run that failed is tried again.
     pub retry: RetryPolicy,
     /// What it does.
@@ -77,6 +87,17 @@ pub enum Overlap {
     Skip,
     /// It runs afterwards; at most one waits.
     Queue,
+}
+
+/// What becomes of times that passed while nothing ran.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CatchUp {
+    /// One run makes up for all.
+    Once,
+    /// They are skipped, with a row that says so.
+    Skip,
+    /// Each runs, one after another.
+    All,
 }
 
 /// What a job does, with the keys of its kind.
@@ -229,6 +250,12 @@ impl JobDefinition {
             "skip",
             &choice(&[("skip", Overlap::Skip), ("queue", Overlap::Queue)]),
         );
+        let catch_up = read_catch_up(section, kind);
+        let catch_up_within = section.take(
+            "catch_up_within",
+            "12h",
+            &duration(Duration::from_secs(1)..=DAY * 31),
+        );
         let retry = section.section("retry", read_retry);
         let Some(kind) = kind else {
             // Which further keys there are depends on it.
@@ -257,6 +284,8 @@ impl JobDefinition {
             enabled,
             timeout,
             overlap,
+            catch_up,
+            catch_up_within,
             retry,
             kind: kind?,
         })
@@ -264,9 +293,29 @@ impl JobDefinition {
 }
 
 impl JobKind {
-    fn is_delivery(&self) -> bool {
+    /// Whether it runs on each daemon, for its own connections.
+    #[must_use]
+    pub fn is_delivery(&self) -> bool {
         matches!(self, Self::RealtimeDelivery { .. })
     }
+}
+
+fn read_catch_up(section: &mut Section<'_>, kind: Option<Kind>) -> CatchUp {
+    let default = match kind {
+        Some(Kind::RealtimeDelivery) => "skip",
+        Some(Kind::PurgeExpired | Kind::TimelineExport) | None => "once",
+    };
+    let catch_up = section.take("catch_up", default, &choice(&CATCH_UPS));
+    if kind == Some(Kind::RealtimeDelivery) && catch_up != CatchUp::Skip {
+        let problem = Problem::new("is not skip");
+        section.fail(
+            "catch_up",
+            problem.allowed(
+                "\"skip\" for realtime_delivery: each poll finds what the ones before it missed",
+            ),
+        );
+    }
+    catch_up
 }
 
 fn read_schedule(section: &mut Section<'_>) -> Option<Schedule> {

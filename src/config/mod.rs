@@ -29,7 +29,7 @@ pub use auth::{Auth, PublicKeyAlgorithm, Verifier};
 pub use database::{Database, DatabaseUrl, Synchronous};
 pub use error::{ConfigError, ConfigErrors};
 pub use http::Http;
-pub use jobs::{ExportFormat, ExportJob, JobDefinition, JobKind, Overlap, Selection};
+pub use jobs::{CatchUp, ExportFormat, ExportJob, JobDefinition, JobKind, Overlap, Selection};
 pub use layers::Source;
 pub use mail::{Mail, Smtp, SmtpLogin, SmtpTls, Transport, Uncertain};
 pub use notes::{Entry, Origin};

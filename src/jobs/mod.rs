@@ -4,6 +4,7 @@
 //! and looks between them whether it is to stop. The [`Runner`] owns everything else: due times,
 //! claims, overlap, timeouts, retries, the run's row and its log line.
 
+mod controls;
 mod deliver;
 mod export;
 mod pulse;
@@ -18,14 +19,15 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use tokio_util::sync::CancellationToken;
 
+pub use controls::resume;
 pub use deliver::Deliver;
 pub use export::ScheduleExports;
 pub use pulse::Pulse;
 pub use purge::{Due, Purge};
-pub use runner::{Runner, RunnerSettings};
+pub use runner::{Runner, RunnerHandle, RunnerSettings};
 
 use crate::domain::RunId;
-use crate::storage::{Counts, StorageError};
+use crate::storage::{Counts, Fence, StorageError};
 use crate::telemetry::chain;
 
 /// What a run of a job gets.
@@ -33,6 +35,8 @@ use crate::telemetry::chain;
 pub struct RunContext {
     /// The run.
     pub run: RunId,
+    /// Every transaction of the run checks it; `None` where the run is no row, such as a command's.
+    pub fence: Option<Fence>,
     /// The time for which it runs.
     pub scheduled_at: DateTime<Utc>,
     /// Cancelled when the run is to reach a safe point and return what it has.
@@ -82,10 +86,16 @@ pub enum JobError {
     /// It will not succeed until somebody changes something.
     #[error("{0}")]
     Permanent(String),
+    /// The run is another daemon's now: nothing that this one does for it counts any more.
+    #[error("the run was taken over by another daemon")]
+    Lost,
 }
 
 impl From<StorageError> for JobError {
     fn from(error: StorageError) -> Self {
+        if matches!(error, StorageError::Fenced) {
+            return Self::Lost;
+        }
         let text = chain(&error);
         if error.is_transient() {
             Self::Transient(text)

@@ -5,7 +5,7 @@
 //! sleeps to the due instant; the pulse proves that it still does.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use tokio::sync::Notify;
 use tokio_cron_scheduler::{Job, JobScheduler, JobSchedulerError};
@@ -17,6 +17,7 @@ const MISSED_AT_MOST: u32 = 3;
 #[derive(Debug, Clone, Default)]
 pub struct Pulse {
     unseen: Arc<AtomicU32>,
+    asked: Arc<AtomicBool>,
     wake: Arc<Notify>,
 }
 
@@ -57,7 +58,13 @@ impl Pulse {
 
     /// Wakes the planner at once, such as for a run that somebody asked for.
     pub fn wake(&self) {
+        self.asked.store(true, Ordering::Relaxed);
         self.wake.notify_one();
+    }
+
+    /// Whether it was woken by [`Pulse::wake`] since this was asked last.
+    pub(super) fn was_asked(&self) -> bool {
+        self.asked.swap(false, Ordering::Relaxed)
     }
 
     /// Whether the planner has seen its last pulses.

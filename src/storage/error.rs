@@ -21,6 +21,9 @@ pub enum StorageError {
     /// The writer has stopped, because the daemon is ending or durability was lost.
     #[error("the database is closed")]
     Closed,
+    /// The run for which this was to be written is no longer the caller's.
+    #[error("the run was taken over or ended from outside")]
+    Fenced,
     /// The schema is not this binary's.
     #[error("the schema is not ready: {0}")]
     Migration(String),

@@ -26,6 +26,11 @@ macro_rules! migrations {
                 "exports",
                 include_str!(concat!("../../migrations/", $engine, "/0003_exports.sql")),
             ),
+            (
+                4,
+                "leases",
+                include_str!(concat!("../../migrations/", $engine, "/0004_leases.sql")),
+            ),
         ]
     };
 }

@@ -26,7 +26,10 @@ pub use exports::{
     ClaimedDelivery, DeliveryOutcome, DeliveryState, Export, ExportDelivery, ExportRequest,
     ExportState, ExportStore, NewExport, OldFile, Rendered,
 };
-pub use ledger::{Claim, Counts, Finish, JobLedger, Run, RunState, Trigger};
+pub use ledger::{
+    Claim, Counts, Fence, Finish, Glance, JobAction, JobLedger, LEASE, Pause, Renewed, Run,
+    RunState, SKIPPED, Settled, Trigger,
+};
 pub use rows::unreadable_rows;
 
 /// The open database, seen through its three traits.

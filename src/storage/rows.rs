@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::events::{Key, KnownKey, Receipt, Slice, Undelivered};
 use super::exports::{Export, ExportDelivery, ExportRequest, OldFile};
-use super::ledger::Run;
+use super::ledger::{Counts, Fence, JobAction, Pause, Renewed, Run, RunState, SKIPPED, Settled};
 use super::{StorageError, StorageResult};
 use crate::domain::{
     ContactEvent, ContactId, Delivery, EventId, ExportId, IdError, JsonObject, RunId, TenantId,
@@ -271,9 +271,85 @@ pub(super) fn run<R: Columns>(row: &R) -> StorageResult<Run> {
         trigger: row.parsed("trigger")?,
         attempt: u32::try_from(row.count("attempt")?).unwrap_or(u32::MAX),
         daemon: row.read("daemon", row.row.uuid("daemon"))?,
+        fence: u32::try_from(row.count("fence")?).unwrap_or(u32::MAX),
         state: row.parsed("state")?,
         counts: serde_json::from_str(&counts).map_err(|error| row.corrupt("counts", error))?,
         error: row.maybe_text("error")?,
+    })
+}
+
+/// Reads a run whose lease was renewed.
+pub(super) fn renewed<R: Columns>(row: &R) -> StorageResult<Renewed> {
+    let row = Reader {
+        row,
+        table: "job_runs",
+    };
+    Ok(Renewed {
+        fence: Fence {
+            run: row.id("id", RunId::new)?,
+            number: u32::try_from(row.count("fence")?).unwrap_or(u32::MAX),
+        },
+        cancel_requested_by: row.maybe_text("cancel_requested_by")?,
+    })
+}
+
+/// Reads a job and the last of its times that is settled.
+pub(super) fn last_time<R: Columns>(row: &R) -> StorageResult<(String, DateTime<Utc>)> {
+    let row = Reader {
+        row,
+        table: "job_runs",
+    };
+    Ok((row.text("job")?, row.time("at")?))
+}
+
+/// Reads a scheduled time that has a row.
+pub(super) fn settled<R: Columns>(row: &R) -> StorageResult<Settled> {
+    let row = Reader {
+        row,
+        table: "job_runs",
+    };
+    let counts: Counts =
+        serde_json::from_str(&row.text("counts")?).map_err(|error| row.corrupt("counts", error))?;
+    Ok(Settled {
+        at: row.time("scheduled_at")?,
+        skipped: counts.get(SKIPPED).copied(),
+    })
+}
+
+/// Reads the state of a run.
+pub(super) fn run_state<R: Columns>(row: &R) -> StorageResult<RunState> {
+    let row = Reader {
+        row,
+        table: "job_runs",
+    };
+    row.parsed("state")
+}
+
+/// Reads a pause.
+pub(super) fn pause<R: Columns>(row: &R) -> StorageResult<Pause> {
+    let row = Reader {
+        row,
+        table: "job_controls",
+    };
+    Ok(Pause {
+        job: row.text("job")?,
+        at: row.time("paused_at")?,
+        by: row.text("paused_by")?,
+    })
+}
+
+/// Reads what an operator did.
+pub(super) fn action<R: Columns>(row: &R) -> StorageResult<JobAction> {
+    let row = Reader {
+        row,
+        table: "job_actions",
+    };
+    let run = row.read("run_id", row.row.uuid("run_id"))?;
+    Ok(JobAction {
+        at: row.time("at")?,
+        actor: row.text("actor")?,
+        action: row.text("action")?,
+        run_id: run.and_then(|id| RunId::new(id).ok()),
     })
 }
 

@@ -7,9 +7,12 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
+use timelined::domain::RunId;
+use timelined::storage::sqlite::SqliteStorage;
+use timelined::storage::{Counts, Run, RunState, Storage, Trigger};
 
 use super::ask::{PATIENCE, assert_calm, body, get, id_of, now, post_json, record, send};
-use crate::support::builders::{contact, session};
+use crate::support::builders::{contact, session, subject};
 use crate::support::daemon::{KEY, TestDaemon, agent, eventually};
 
 /// A route and what it answers.
@@ -81,8 +84,9 @@ impl Route {
     }
 }
 
-/// Every route. `event` is a realtime one that the client may see, `export` one that is done.
-fn routes(event: &str, export: &str) -> Vec<Route> {
+/// Every route. `event` is a realtime one that the client may see, `export` one that is done; of the
+/// runs one is `waiting`, the other has `failed`.
+fn routes(event: &str, export: &str, waiting: &str, failed: &str) -> Vec<Route> {
     let (get, post) = (Method::GET, Method::POST);
     let contact = contact(1).to_string();
     let session = session(1).to_string();
@@ -180,10 +184,40 @@ fn routes(event: &str, export: &str) -> Vec<Route> {
             [403, 403, 403, 200],
         ),
         route(
-            post,
+            get.clone(),
+            "/api/v1/jobs/{name}/actions",
+            &["purge-expired"],
+            [403, 403, 403, 200],
+        ),
+        route(
+            post.clone(),
             "/api/v1/jobs/{name}/run",
             &["purge-expired"],
             [403, 403, 403, 202],
+        ),
+        route(
+            post.clone(),
+            "/api/v1/jobs/{name}/runs/{id}/cancel",
+            &["purge-expired", waiting],
+            [403, 403, 403, 202],
+        ),
+        route(
+            post.clone(),
+            "/api/v1/jobs/{name}/runs/{id}/retry",
+            &["purge-expired", failed],
+            [403, 403, 403, 202],
+        ),
+        route(
+            post.clone(),
+            "/api/v1/jobs/{name}/pause",
+            &["purge-expired"],
+            [403, 403, 403, 200],
+        ),
+        route(
+            post,
+            "/api/v1/jobs/{name}/resume",
+            &["purge-expired"],
+            [403, 403, 403, 200],
         ),
         route(get.clone(), "/healthz", &[], [200; 4]).strangers(200, 200),
         route(get.clone(), "/readyz", &[], [200; 4]).strangers(200, 200),
@@ -300,8 +334,39 @@ async fn populated() -> (TestDaemon, Vec<Route>) {
     })
     .await;
     let export = export.json();
-    let routes = routes(id_of(&event), id_of(&export));
+    let [waiting, failed] = runs(&daemon).await;
+    let routes = routes(id_of(&event), id_of(&export), &waiting, &failed);
     (daemon, routes)
+}
+
+/// Two runs of the purge: one that waits, since the purge is paused, and one that has failed.
+async fn runs(daemon: &TestDaemon) -> [String; 2] {
+    let file = daemon.settings().state().join("timelined.db");
+    let storage = Storage::sqlite(SqliteStorage::open(&file, true).await.unwrap());
+    let by = subject("operator");
+    let paused = storage.ledger.pause("purge-expired", &by, now()).await;
+    assert!(paused.unwrap());
+    let mut ids = Vec::new();
+    for state in [RunState::Queued, RunState::Failed] {
+        let run = Run {
+            id: RunId::generate(now()),
+            job: "purge-expired".to_owned(),
+            scheduled_at: now(),
+            started_at: None,
+            finished_at: (state == RunState::Failed).then(now),
+            trigger: Trigger::Schedule,
+            attempt: 0,
+            daemon: None,
+            fence: 0,
+            state,
+            counts: Counts::new(),
+            error: None,
+        };
+        assert!(storage.ledger.record(&run).await.unwrap());
+        ids.push(run.id.to_string());
+    }
+    storage.close().await;
+    ids.try_into().unwrap()
 }
 
 #[tokio::test]
@@ -406,7 +471,7 @@ fn the_table_has_every_route_of_the_router() {
     }
     // It has a listener of its own.
     assert!(in_code.remove("/metrics"));
-    let in_table: BTreeSet<String> = routes("id", "id")
+    let in_table: BTreeSet<String> = routes("id", "id", "id", "id")
         .iter()
         .map(|route| route.pattern.to_owned())
         .collect();
@@ -428,7 +493,8 @@ async fn what_is_no_route_is_404_and_another_method_405() {
             .await
             .problem(404, path);
     }
-    for route in routes(&contact(1).to_string(), &contact(1).to_string()) {
+    let id = contact(1).to_string();
+    for route in routes(&id, &id, &id, &id) {
         let request = daemon.http.put(daemon.url(&route.path));
         let answer = send(request.bearer_auth(token(&claims("service")))).await;
         answer.problem(405, route.pattern);
@@ -444,7 +510,7 @@ async fn what_is_no_route_is_404_and_another_method_405() {
 #[tokio::test]
 async fn a_foreign_page_opens_no_socket() {
     let daemon = TestDaemon::start();
-    let routes = routes("id", "id");
+    let routes = routes("id", "id", "id", "id");
     let route = routes
         .iter()
         .find(|route| route.pattern.ends_with("realtime"))

@@ -119,4 +119,41 @@ on_both_engines! {
         }
         assert_calm(&daemon);
     }
+
+    async fn a_job_is_paused_and_resumed_and_its_runs_cancelled_and_tried_again(db) {
+        let daemon = daemon(db).await;
+        for (path, status) in [("pause", 200), ("pause", 200), ("resume", 200), ("resume", 200), ("pause", 200)] {
+            let answer = post(&daemon, &format!("{PURGE}/{path}"), &operator()).await;
+            assert_eq!(answer.status, status, "{}", answer.text);
+            assert_eq!(answer.json()["paused"], path == "pause");
+        }
+        assert_eq!(get(&daemon, PURGE, &operator()).await.json()["paused"], true);
+        let run = run(&daemon).await;
+        assert_eq!(run["state"], "succeeded", "what is asked for runs all the same");
+        let id = run["id"].as_str().unwrap();
+        for (what, kind) in [("cancel", "run-ended"), ("retry", "run-not-failed")] {
+            let answer = post(&daemon, &format!("{PURGE}/runs/{id}/{what}"), &operator()).await;
+            assert_eq!(answer.problem(409, what)["type"], format!("urn:timelined:problem:{kind}"));
+            for path in [
+                format!("{PURGE}/runs/01900000-0000-7000-8000-00000000000f/{what}"),
+                format!("/api/v1/jobs/realtime-delivery/runs/{id}/{what}"),
+                format!("/api/v1/jobs/nothing/runs/{id}/{what}"),
+            ] {
+                post(&daemon, &path, &operator()).await.problem(404, &path);
+            }
+            post(&daemon, &format!("{PURGE}/runs/7/{what}"), &operator()).await.problem(400, what);
+        }
+        db.execute("update job_runs set state = 'failed', error = 'no luck' where job = 'purge-expired'").await.unwrap();
+        let answer = post(&daemon, &format!("{PURGE}/runs/{id}/retry"), &operator()).await;
+        assert_eq!((answer.status, answer.json()), (202, json!({ "run_id": id })));
+        eventually("it runs again", PATIENCE, async || {
+            let page = get(&daemon, &format!("{PURGE}/runs"), &operator()).await.json();
+            page["runs"][0]["id"] == id && page["runs"][0]["state"] == "succeeded"
+        })
+        .await;
+        let done = get(&daemon, &format!("{PURGE}/actions"), &operator()).await.json();
+        let done: Vec<_> = done["actions"].as_array().unwrap().iter().map(|did| did["action"].clone()).collect();
+        assert_eq!(done, ["retry", "run", "pause", "resume", "pause"]);
+        assert_calm(&daemon);
+    }
 }

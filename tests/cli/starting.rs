@@ -251,15 +251,57 @@ fn a_postgresql_that_is_away_is_named_without_the_password() {
 }
 
 #[tokio::test]
-async fn a_hangup_is_answered_by_a_line_in_the_log_and_the_daemon_runs_on() {
-    let mut daemon = Settings::new().start();
-    for _ in 0..2 {
+async fn a_hangup_applies_the_jobs_of_the_configuration_or_nothing() {
+    let settings = Settings::new().config("");
+    let file = settings.state().with_file_name("timelined.toml");
+    let job = |name: &str, key: &str| {
+        format!("\n[[jobs]]\nname = \"{name}\"\nkind = \"purge_expired\"\n{key}\n")
+    };
+    let write = |text: &str| std::fs::write(&file, text).unwrap();
+    let first = job("first", "every = \"1h\"");
+    write(&first);
+    let mut daemon = settings.start();
+    let hang_up = async |says: &str| {
         daemon.signal("HUP");
-    }
-    let is_logged = async || daemon.log().contains("SIGHUP: there is no reload yet");
-    eventually("the hangup is logged", Duration::from_secs(30), is_logged).await;
-    let (status, _) = daemon.get("/healthz", "").await;
-    assert_eq!(status, 200);
+        let is_logged = async || daemon.log().contains(says);
+        eventually(says, Duration::from_secs(30), is_logged).await;
+    };
+    let names = async || {
+        let (_, list) = daemon.get("/api/v1/jobs", &operator()).await;
+        let jobs = list["jobs"].as_array().unwrap().clone();
+        jobs.iter()
+            .map(|job| format!("{} {}", job["name"], job["schedule"]).replace('"', ""))
+            .collect::<Vec<_>>()
+    };
+    let started = names().await;
+    hang_up("SIGHUP: the configuration is as it was").await;
+
+    write(&format!(
+        "{first}{}",
+        job("second", "every = \"1 hour\"\ncorn = 1")
+    ));
+    hang_up("SIGHUP: nothing was changed: ").await;
+    assert_eq!(names().await, started);
+
+    write(&format!(
+        "{first}{}\n[history]\nkeep = \"3d\"\n",
+        job("second", "every = \"1s\"")
+    ));
+    hang_up("SIGHUP: nothing was changed: a restart is needed to change [history]").await;
+    assert_eq!(names().await, started);
+
+    write(&format!("{first}{}", job("second", "every = \"1s\"")));
+    hang_up("SIGHUP: the configuration was applied; jobs: second").await;
+    assert_eq!(names().await.len(), started.len() + 1);
+    eventually("the new job runs", Duration::from_secs(30), async || {
+        let (_, runs) = daemon.get("/api/v1/jobs/second/runs", &operator()).await;
+        runs["runs"].as_array().is_some_and(|runs| !runs.is_empty())
+    })
+    .await;
+
+    write(&first);
+    hang_up("SIGHUP: the configuration was applied; jobs: second").await;
+    assert_eq!(names().await, started);
     assert!(daemon.stop().success());
 }
 

@@ -10,13 +10,14 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use chrono::{DateTime, TimeDelta, Utc};
 use futures_util::future::BoxFuture;
-use timelined::config::{JobDefinition, JobKind, Overlap};
+use timelined::config::{CatchUp, JobDefinition, JobKind, Overlap};
 use timelined::domain::{Clock, RunId, Subject, SystemClock};
 use timelined::jobs::retry::RetryPolicy;
 use timelined::jobs::schedule::Schedule;
 use timelined::jobs::{Ending, Job, JobError, Pulse, RunContext, Runner, RunnerSettings};
 use timelined::storage::{
-    Claim, Counts, Finish, JobLedger, Run, RunState, StorageError, StorageResult, Trigger,
+    Claim, Counts, Fence, Finish, Glance, JobAction, JobLedger, Pause, Renewed, Run, RunState,
+    SKIPPED, Settled, StorageError, StorageResult, Trigger,
 };
 use timelined::telemetry::Metrics;
 use tokio::sync::Semaphore;
@@ -105,6 +106,8 @@ fn definition(name: &str) -> JobDefinition {
         enabled: true,
         timeout: Duration::from_secs(30),
         overlap: Overlap::Skip,
+        catch_up: CatchUp::Once,
+        catch_up_within: Duration::from_hours(12),
         retry: RetryPolicy {
             attempts: NonZeroU32::new(3).unwrap(),
             first: Duration::from_millis(40),
@@ -135,10 +138,16 @@ struct Daemon {
     abort: CancellationToken,
     jobs: Vec<(JobDefinition, Arc<dyn Job>)>,
     id: Uuid,
+    is_shared: bool,
 }
 
 impl Daemon {
-    fn new(ledger: &Arc<dyn JobLedger>, number: u64) -> Self {
+    fn new(db: &Database, number: u64) -> Self {
+        Self::with(&db.ledger, db, number)
+    }
+
+    /// One whose ledger is not the database's own.
+    fn with(ledger: &Arc<dyn JobLedger>, db: &Database, number: u64) -> Self {
         Self {
             clock: Wrong::default(),
             ledger: ledger.clone(),
@@ -148,6 +157,7 @@ impl Daemon {
             abort: CancellationToken::new(),
             jobs: Vec::new(),
             id: worker(number),
+            is_shared: db.engine == Engine::Postgres,
         }
     }
 
@@ -172,6 +182,7 @@ impl Daemon {
     fn start(&mut self) {
         let settings = RunnerSettings {
             ledger: self.ledger.clone(),
+            is_shared: self.is_shared,
             clock: Arc::new(self.clock.clone()),
             daemon: self.id,
             tracker: self.tracker.clone(),
@@ -338,25 +349,69 @@ impl JobLedger for Faulty {
         Ok(run)
     }
 
-    async fn begin_attempt(&self, run: RunId, attempt: u32) -> StorageResult<()> {
-        let begin = self.inner.begin_attempt(run, attempt);
+    async fn queue(
+        &self,
+        run: RunId,
+        job: &str,
+        scheduled_at: DateTime<Utc>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Claim> {
+        let queue = self.inner.queue(run, job, scheduled_at, now);
+        self.through("queue", queue).await
+    }
+
+    async fn add_missed(&self, runs: &[Run]) -> StorageResult<u64> {
+        self.through("add_missed", self.inner.add_missed(runs))
+            .await
+    }
+
+    async fn settled(
+        &self,
+        job: &str,
+        from: DateTime<Utc>,
+        until: DateTime<Utc>,
+        limit: u32,
+    ) -> StorageResult<Vec<Settled>> {
+        self.inner.settled(job, from, until, limit).await
+    }
+
+    async fn renew(&self, daemon: Uuid, now: DateTime<Utc>) -> StorageResult<Vec<Renewed>> {
+        self.through("renew", self.inner.renew(daemon, now)).await
+    }
+
+    async fn glance(
+        &self,
+        jobs: &[String],
+        daemon: Uuid,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Glance> {
+        self.inner.glance(jobs, daemon, now).await
+    }
+
+    async fn take_over(&self, daemon: Uuid, now: DateTime<Utc>) -> StorageResult<Vec<Run>> {
+        self.inner.take_over(daemon, now).await
+    }
+
+    async fn begin_attempt(&self, fence: Fence, attempt: u32) -> StorageResult<bool> {
+        let begin = self.inner.begin_attempt(fence, attempt);
         self.through("begin_attempt", begin).await
     }
 
-    async fn finish(&self, run: RunId, finish: &Finish) -> StorageResult<()> {
+    async fn finish(&self, fence: Fence, finish: &Finish) -> StorageResult<bool> {
         if self.refusals.load(Ordering::Relaxed) > 0 {
             self.refusals.fetch_sub(1, Ordering::Relaxed);
             return Err(StorageError::Database(Arc::new(sqlx::Error::WorkerCrashed)));
         }
-        self.through("finish", self.inner.finish(run, finish)).await
+        self.through("finish", self.inner.finish(fence, finish))
+            .await
     }
 
-    async fn give_back(&self, run: RunId, counts: &Counts, attempt: u32) -> StorageResult<()> {
-        let give_back = self.inner.give_back(run, counts, attempt);
+    async fn give_back(&self, fence: Fence, counts: &Counts, attempt: u32) -> StorageResult<bool> {
+        let give_back = self.inner.give_back(fence, counts, attempt);
         self.through("give_back", give_back).await
     }
 
-    async fn record(&self, run: &Run) -> StorageResult<()> {
+    async fn record(&self, run: &Run) -> StorageResult<bool> {
         self.through("record", self.inner.record(run)).await
     }
 
@@ -368,20 +423,63 @@ impl JobLedger for Faulty {
         self.inner.last_runs(jobs).await
     }
 
+    async fn find_run(&self, run: RunId) -> StorageResult<Option<Run>> {
+        self.inner.find_run(run).await
+    }
+
+    async fn last_times(&self, jobs: &[String]) -> StorageResult<Vec<(String, DateTime<Utc>)>> {
+        self.inner.last_times(jobs).await
+    }
+
+    async fn pause(&self, job: &str, by: &Subject, now: DateTime<Utc>) -> StorageResult<bool> {
+        self.inner.pause(job, by, now).await
+    }
+
+    async fn resume(
+        &self,
+        job: &str,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Option<Pause>> {
+        self.inner.resume(job, by, now).await
+    }
+
+    async fn pauses(&self) -> StorageResult<Vec<Pause>> {
+        self.inner.pauses().await
+    }
+
+    async fn cancel(
+        &self,
+        run: RunId,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Option<RunState>> {
+        self.inner.cancel(run, by, now).await
+    }
+
+    async fn retry(
+        &self,
+        run: RunId,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Option<RunState>> {
+        self.inner.retry(run, by, now).await
+    }
+
+    async fn actions(&self, job: &str, limit: u32) -> StorageResult<Vec<JobAction>> {
+        self.inner.actions(job, limit).await
+    }
+
     async fn prune(&self, before: DateTime<Utc>, limit: u32) -> StorageResult<u64> {
         self.inner.prune(before, limit).await
     }
 
-    async fn recover(&self) -> StorageResult<u64> {
-        self.inner.recover().await
+    async fn recover(&self, now: DateTime<Utc>) -> StorageResult<u64> {
+        self.inner.recover(now).await
     }
 
     async fn running(&self, daemon: Uuid) -> StorageResult<Vec<Run>> {
         self.inner.running(daemon).await
-    }
-
-    async fn ahead(&self, now: DateTime<Utc>) -> StorageResult<TimeDelta> {
-        self.inner.ahead(now).await
     }
 
     async fn now(&self) -> StorageResult<DateTime<Utc>> {
@@ -391,7 +489,7 @@ impl JobLedger for Faulty {
 
 on_both_engines! {
     async fn a_panic_is_a_failed_run_with_its_message_and_the_job_lives_on(db) {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         let times = daemon.job(every(200, "shaky"), {
             let count = AtomicU32::new(0);
             work(move |_| {
@@ -413,7 +511,7 @@ on_both_engines! {
     }
 
     async fn a_run_over_its_timeout_is_stopped_and_tried_again_and_keeps_its_counts(db) {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         let mut slow = definition("slow");
         slow.timeout = Duration::from_millis(50);
         let times = daemon.job(slow, work(|context: RunContext| async move {
@@ -432,7 +530,7 @@ on_both_engines! {
     }
 
     async fn what_was_done_before_an_error_a_panic_or_an_abort_is_counted(db) {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         daemon.job(definition("failing"), work(|context: RunContext| async move {
             context.report.add("deleted", 5);
             Err(JobError::Permanent("lost".to_owned()))
@@ -467,7 +565,7 @@ on_both_engines! {
     }
 
     async fn runs_that_are_past_their_time_are_deleted(db) {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         let now = daemon.clock.now();
         let ended = |ago: TimeDelta| Run {
             id: RunId::generate(now - ago),
@@ -478,6 +576,7 @@ on_both_engines! {
             trigger: Trigger::Schedule,
             attempt: 1,
             daemon: Some(daemon.id),
+            fence: 0,
             state: RunState::Succeeded,
             counts: Counts::new(),
             error: None,
@@ -498,7 +597,7 @@ on_both_engines! {
         let ledger = Faulty::new(&db.ledger, &[], &[]);
         ledger.refusals.store(1, Ordering::Relaxed);
         let faulty: Arc<dyn JobLedger> = ledger.clone();
-        let mut daemon = Daemon::new(&faulty, 1);
+        let mut daemon = Daemon::with(&faulty, db, 1);
         daemon.job(definition("job"), work(|_| async { Ok(report(1)) }));
         daemon.start();
         daemon.ask_for("job").await;
@@ -508,7 +607,7 @@ on_both_engines! {
     }
 
     async fn a_run_never_begins_before_it_was_asked_for(db) {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         daemon.job(definition("job"), work(|_| async { Ok(report(1)) }));
         daemon.start();
         // Asked for by a daemon whose clock is ahead.
@@ -521,7 +620,7 @@ on_both_engines! {
     }
 
     async fn a_transient_error_is_tried_again_on_the_same_row_within_the_backoff(db) {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         let starts: Arc<Mutex<Vec<Instant>>> = Arc::default();
         let seen = starts.clone();
         daemon.job(definition("mending"), work(move |_| {
@@ -545,7 +644,7 @@ on_both_engines! {
     }
 
     async fn a_transient_error_that_stays_fails_with_the_last_attempt_and_a_permanent_one_at_once(db) {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         daemon.job(definition("away"), work(|_| async { Err(JobError::Transient("451".to_owned())) }));
         daemon.job(definition("refused"), work(|_| async { Err(JobError::Permanent("550".to_owned())) }));
         daemon.start();
@@ -559,7 +658,7 @@ on_both_engines! {
     }
 
     async fn what_was_given_back_at_the_drain_goes_on_at_the_next_start_with_its_attempt_unspent(db) {
-        let mut first = Daemon::new(&db.ledger, 1);
+        let mut first = Daemon::new(db, 1);
         let began = Arc::new(Semaphore::new(0));
         let told = began.clone();
         first.job(every(200, "long"), work(move |context: RunContext| {
@@ -577,7 +676,7 @@ on_both_engines! {
         assert_eq!((given_back.attempt, given_back.daemon), (0, None));
         assert_eq!(given_back.counts["deleted"], 3);
 
-        let mut second = Daemon::new(&db.ledger, 2);
+        let mut second = Daemon::new(db, 2);
         let mut long = definition("long");
         long.enabled = false;
         let times = second.job(long, work(|_| async { Ok(report(4)) }));
@@ -591,7 +690,7 @@ on_both_engines! {
     }
 
     async fn what_was_asked_for_runs_once_one_after_another_and_moves_no_schedule(db) {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         let (at_once, most) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
         let (entered, top) = (at_once.clone(), most.clone());
         let times = daemon.job(every(500, "job"), work(move |_| {
@@ -629,7 +728,7 @@ on_both_engines! {
     async fn a_run_whose_claim_was_answered_to_nobody_runs_once(db) {
         let ledger = Faulty::new(&db.ledger, &[("claim", 1)], &[("claim", 1), ("claim_queued", 2)]);
         let faulty: Arc<dyn JobLedger> = ledger.clone();
-        let mut daemon = Daemon::new(&faulty, 1);
+        let mut daemon = Daemon::with(&faulty, db, 1);
         let times = daemon.job(every(1000, "job"), work(|_| async { Ok(report(1)) }));
         daemon.start();
         let id = daemon.ask_for("job").await;
@@ -653,7 +752,7 @@ on_both_engines! {
     async fn how_a_run_ended_is_written_although_the_database_is_away_at_the_drain(db) {
         let ledger = Faulty::new(&db.ledger, &[("finish", 2), ("begin_attempt", 9)], &[]);
         let faulty: Arc<dyn JobLedger> = ledger.clone();
-        let mut daemon = Daemon::new(&faulty, 1);
+        let mut daemon = Daemon::with(&faulty, db, 1);
         let count = AtomicU32::new(0);
         daemon.job(definition("job"), work(move |_| {
             let number = count.fetch_add(1, Ordering::Relaxed);
@@ -669,13 +768,163 @@ on_both_engines! {
         let run = runs.iter().find(|run| run.id == id).unwrap();
         assert_eq!((run.state, run.attempt), (RunState::Succeeded, 2));
     }
+
+    async fn what_passed_while_nothing_ran_is_made_up_for_or_has_a_reason(db) {
+        let now = db.ledger.now().await.unwrap();
+        let hour = |hours: i64| DateTime::from_timestamp((now.timestamp() / 3600 - hours) * 3600, 0).unwrap();
+        if now - hour(0) < SECOND * 8 {
+            // The newest time is not missed yet, but due.
+            tokio::time::sleep(Duration::from_secs(8)).await;
+        }
+        let mut daemon = Daemon::new(db, 1);
+        for (name, catch_up) in [("once", CatchUp::Once), ("skip", CatchUp::Skip), ("all", CatchUp::All), ("new", CatchUp::All)] {
+            let mut hourly = every(3_600_000, name);
+            hourly.catch_up = catch_up;
+            hourly.catch_up_within = Duration::from_mins(150);
+            daemon.job(hourly, work(|_| async { Ok(report(1)) }));
+            if name == "new" {
+                continue;
+            }
+            // The last that ran, four hours ago.
+            let (id, at) = (RunId::generate(hour(4)), hour(4));
+            let claim = db.ledger.claim(id, name, at, Trigger::Schedule, worker(9), now);
+            assert_eq!(claim.await.unwrap(), Claim::Claimed);
+            let end = Finish { state: RunState::Succeeded, attempt: 1, counts: Counts::new(), error: None, at };
+            assert!(db.ledger.finish(Fence { run: id, number: 1 }, &end).await.unwrap());
+        }
+        daemon.start();
+        let newest = i64::from(now - hour(0) <= TimeDelta::minutes(30));
+        for (name, made_up) in [("once", 1), ("all", 2 + usize::try_from(newest).unwrap()), ("skip", 0)] {
+            eventually("all four are settled", PATIENCE, async || {
+                let runs = daemon.runs(name).await;
+                runs.iter().filter(|run| !matches!(run.state, RunState::Queued | RunState::Running)).count() >= 5
+            })
+            .await;
+            let runs = daemon.runs(name).await;
+            assert_eq!(runs.len(), 5, "{runs:?}");
+            let caught_up: Vec<_> = runs.iter().filter(|run| run.trigger == Trigger::CatchUp).collect();
+            assert_eq!(caught_up.len(), made_up, "{runs:?}");
+            assert!(caught_up.iter().all(|run| run.state == RunState::Succeeded));
+            if let Some(last) = caught_up.last() {
+                assert_eq!(last.scheduled_at, hour(0));
+            }
+            let skipped = runs.iter().filter(|run| run.state == RunState::Skipped);
+            for run in skipped {
+                let why = run.error.as_deref().unwrap();
+                assert!(why.starts_with("its time passed while no daemon ran it, "), "{why}");
+            }
+        }
+        daemon.drain().await;
+        assert_eq!(daemon.runs("new").await, [], "a job that never ran has missed nothing");
+    }
+
+    async fn many_times_that_passed_share_a_row(db) {
+        let now = db.ledger.now().await.unwrap();
+        let at = DateTime::from_timestamp(now.timestamp() - 1000, 0).unwrap();
+        let id = RunId::generate(at);
+        let claim = db.ledger.claim(id, "job", at, Trigger::Schedule, worker(9), now);
+        assert_eq!(claim.await.unwrap(), Claim::Claimed);
+        let end = Finish { state: RunState::Succeeded, attempt: 1, counts: Counts::new(), error: None, at };
+        assert!(db.ledger.finish(Fence { run: id, number: 1 }, &end).await.unwrap());
+        let mut daemon = Daemon::new(db, 1);
+        let mut job = every(1000, "job");
+        job.catch_up = CatchUp::Skip;
+        daemon.job(job, work(|_| async { Ok(report(1)) }));
+        daemon.start();
+        let runs = daemon.until("job", RunState::Skipped, 1).await;
+        daemon.drain().await;
+        let skipped: Vec<_> = runs.iter().filter(|run| run.counts.contains_key(SKIPPED)).collect();
+        assert_eq!(skipped.len(), 1, "{skipped:?}");
+        // Those before the last one, whose rows may have been pruned, are among them.
+        assert!(skipped[0].counts[SKIPPED] >= 990, "{skipped:?}");
+        let why = skipped[0].error.as_deref().unwrap();
+        assert!(why.contains(" passed while no daemon ran them, and catch_up is skip"), "{why}");
+        // The next start finds nothing more.
+        let mut again = Daemon::new(db, 2);
+        let mut job = every(1000, "job");
+        job.catch_up = CatchUp::Skip;
+        again.job(job, work(|_| async { Ok(report(1)) }));
+        again.start();
+        again.until("job", RunState::Succeeded, 4).await;
+        again.drain().await;
+        let mut rows: Vec<_> = again.runs("job").await;
+        rows.retain(|run| run.scheduled_at >= skipped[0].scheduled_at);
+        rows.sort_by_key(|run| run.scheduled_at);
+        for pair in rows.windows(2) {
+            assert_eq!(pair[1].scheduled_at - pair[0].scheduled_at, SECOND, "{rows:?}");
+        }
+    }
+
+    async fn a_run_is_cancelled_at_its_next_safe_point_and_tried_again_on_its_row(db) {
+        let mut daemon = Daemon::new(db, 1);
+        let tries = Arc::new(AtomicU32::new(0));
+        let tried = tries.clone();
+        daemon.job(definition("job"), work(move |context: RunContext| {
+            let is_first = tried.fetch_add(1, Ordering::Relaxed) == 0;
+            async move {
+                if is_first {
+                    context.stop.cancelled().await;
+                    return Ok(Report { is_unfinished: true, ..report(2) });
+                }
+                Ok(report(3))
+            }
+        }));
+        daemon.start();
+        let id = daemon.ask_for("job").await;
+        daemon.until("job", RunState::Running, 1).await;
+        let now = daemon.clock.now();
+        assert_eq!(db.ledger.cancel(id, &subject("ana"), now).await.unwrap(), Some(RunState::Running));
+        let runs = daemon.until("job", RunState::Cancelled, 1).await;
+        assert_eq!((runs[0].error.as_deref(), runs[0].counts["deleted"]), (Some("cancelled by ana"), 2));
+        assert_eq!(db.ledger.retry(id, &subject("ana"), now).await.unwrap(), Some(RunState::Cancelled));
+        daemon.pulse.wake();
+        let runs = daemon.until("job", RunState::Succeeded, 1).await;
+        daemon.drain().await;
+        assert_eq!((runs[0].id, runs[0].attempt, runs[0].counts["deleted"]), (id, 1, 5));
+        assert_eq!(tries.load(Ordering::Relaxed), 2);
+    }
+
+    async fn a_paused_job_stands_still_until_it_is_resumed_and_says_what_passed(db) {
+        let mut daemon = Daemon::new(db, 1);
+        let job = every(500, "job");
+        let times = daemon.job(job.clone(), work(|_| async { Ok(report(1)) }));
+        daemon.start();
+        daemon.until("job", RunState::Succeeded, 2).await;
+        let ana = subject("ana");
+        let now = db.ledger.now().await.unwrap();
+        assert!(db.ledger.pause("job", &ana, now).await.unwrap());
+        let ran = times.lock().unwrap().len();
+        let asked = daemon.ask_for("job").await;
+        eventually("what was asked for ran, and two times passed", PATIENCE, async || {
+            let run = db.ledger.find_run(asked).await.unwrap().unwrap();
+            run.state == RunState::Succeeded && db.ledger.now().await.unwrap() - now > SECOND * 2
+        })
+        .await;
+        // One may have been claimed before the pause.
+        assert!(times.lock().unwrap().len() <= ran + 2);
+        let bob = subject("bob");
+        let resumed = timelined::jobs::resume(&*db.ledger, &job, &bob, daemon.clock.now()).await.unwrap();
+        assert!(resumed);
+        let more = times.lock().unwrap().len() + 2;
+        daemon.until("job", RunState::Succeeded, more).await;
+        daemon.drain().await;
+        let mut rows: Vec<_> = daemon.runs("job").await;
+        rows.retain(|run| run.trigger == Trigger::Schedule);
+        rows.sort_by_key(|run| run.scheduled_at);
+        for pair in rows.windows(2) {
+            assert_eq!(pair[1].scheduled_at - pair[0].scheduled_at, TimeDelta::milliseconds(500), "{rows:?}");
+        }
+        let paused: Vec<_> = rows.iter().filter(|run| run.state == RunState::Skipped).collect();
+        assert!(paused.len() >= 3);
+        assert!(paused.iter().all(|run| run.error.as_deref() == Some("ana had paused the job")), "{paused:?}");
+    }
 }
 
 /// Two daemons plan, each time one of them runs it.
 #[test]
 fn two_daemons_run_each_of_a_hundred_times_once_whatever_their_clocks_say() {
     run(Engine::Postgres, async |db: &Database| {
-        let mut daemons = [Daemon::new(&db.ledger, 1), Daemon::new(&db.ledger, 2)];
+        let mut daemons = [Daemon::new(db, 1), Daemon::new(db, 2)];
         daemons[1].clock = Wrong::by(SECOND * 3);
         let mut times = Vec::new();
         for daemon in &mut daemons {
@@ -697,7 +946,7 @@ fn two_daemons_run_each_of_a_hundred_times_once_whatever_their_clocks_say() {
 #[test]
 fn a_daemon_alone_whose_clock_steps_ahead_of_the_database_passes_over_no_time() {
     run(Engine::Postgres, async |db: &Database| {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         let times = daemon.job(every(500, "job"), work(|_| async { Ok(report(1)) }));
         daemon.start();
         daemon.until("job", RunState::Succeeded, 2).await;
@@ -721,11 +970,15 @@ async fn each_time_ran_once(
         let step = (pair[1] - pair[0]).num_milliseconds();
         assert_eq!(step, interval_ms, "between {} and {}", pair[0], pair[1]);
     }
-    assert!(
-        runs.iter().all(|run| run.state == RunState::Succeeded),
-        "{:?}",
-        runs.iter().find(|run| run.state != RunState::Succeeded)
-    );
+    // On a busy machine a run may take longer than the interval; its daemon says so.
+    let late = "the run before was still at work";
+    let passed_over =
+        |run: &&Run| run.state != RunState::Succeeded && run.error.as_deref() != Some(late);
+    assert_eq!(runs.iter().find(passed_over), None);
+    rows.retain(|at| {
+        let mut runs = runs.iter();
+        runs.any(|run| run.scheduled_at == *at && run.state == RunState::Succeeded)
+    });
     let mut executed: Vec<_> = times
         .iter()
         .flat_map(|times| times.lock().unwrap().clone())
@@ -742,7 +995,7 @@ fn alone(case: impl AsyncFnOnce(&Database)) {
 #[test]
 fn a_time_that_comes_during_a_run_is_skipped_with_a_row_that_says_so() {
     alone(async |db| {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         let gate = Arc::new(Semaphore::new(0));
         let entry = gate.clone();
         let times = daemon.job(
@@ -760,9 +1013,13 @@ fn a_time_that_comes_during_a_run_is_skipped_with_a_row_that_says_so() {
         gate.add_permits(1000);
         daemon.until("job", RunState::Succeeded, 2).await;
         daemon.drain().await;
-        let first = runs.iter().min_by_key(|run| run.scheduled_at).unwrap();
-        assert_eq!(first.state, RunState::Running);
-        for run in runs.iter().filter(|run| run.state == RunState::Skipped) {
+        let first = runs
+            .iter()
+            .find(|run| run.state == RunState::Running)
+            .unwrap();
+        let later =
+            |run: &&Run| run.state == RunState::Skipped && run.scheduled_at > first.scheduled_at;
+        for run in runs.iter().filter(later) {
             assert_eq!(
                 run.error.as_deref(),
                 Some("the run before was still at work")
@@ -776,7 +1033,7 @@ fn a_time_that_comes_during_a_run_is_skipped_with_a_row_that_says_so() {
 #[test]
 fn of_the_times_that_come_during_a_run_one_runs_afterwards_where_they_queue() {
     alone(async |db| {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         let gate = Arc::new(Semaphore::new(0));
         let entry = gate.clone();
         let mut queueing = every(200, "job");
@@ -823,7 +1080,7 @@ fn the_thirtieth_time_that_queued_stands_no_deeper_in_the_stack_than_the_second(
     alone(async |db| {
         let ledger = Faulty::new(&db.ledger, &[], &[]);
         let faulty: Arc<dyn JobLedger> = ledger.clone();
-        let mut daemon = Daemon::new(&faulty, 1);
+        let mut daemon = Daemon::with(&faulty, db, 1);
         let mut queueing = every(100, "job");
         queueing.overlap = Overlap::Queue;
         daemon.job(
@@ -853,7 +1110,7 @@ fn the_thirtieth_time_that_queued_stands_no_deeper_in_the_stack_than_the_second(
 fn a_skipped_time_is_recorded_although_the_database_was_away() {
     alone(async |db| {
         let faulty: Arc<dyn JobLedger> = Faulty::new(&db.ledger, &[("record", 1)], &[]);
-        let mut daemon = Daemon::new(&faulty, 1);
+        let mut daemon = Daemon::with(&faulty, db, 1);
         daemon.job(
             every(200, "job"),
             work(|context: RunContext| async move {
@@ -875,7 +1132,7 @@ fn a_skipped_time_is_recorded_although_the_database_was_away() {
 #[test]
 fn a_slow_job_delays_no_other() {
     alone(async |db| {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         daemon.job(
             every(100, "slow"),
             work(|context: RunContext| async move {
@@ -887,9 +1144,10 @@ fn a_slow_job_delays_no_other() {
         daemon.start();
         let runs = daemon.until("quick", RunState::Succeeded, 10).await;
         daemon.drain().await;
+        // On a busy machine the planner itself may be late, and passes over a time.
         let lags = runs
             .iter()
-            .map(|run| run.started_at.unwrap() - run.scheduled_at);
+            .filter_map(|run| Some(run.started_at? - run.scheduled_at));
         let mut lags: Vec<_> = lags.collect();
         lags.sort();
         assert!(
@@ -902,7 +1160,7 @@ fn a_slow_job_delays_no_other() {
 #[test]
 fn after_a_step_forward_the_latest_missed_time_runs_once() {
     alone(async |db| {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         let times = daemon.job(every(1000, "job"), work(|_| async { Ok(report(1)) }));
         daemon.start();
         daemon.until("job", RunState::Succeeded, 1).await;
@@ -929,7 +1187,7 @@ fn after_a_step_forward_the_latest_missed_time_runs_once() {
 #[test]
 fn a_step_back_repeats_no_time_and_silences_nothing() {
     alone(async |db| {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         let times = daemon.job(every(200, "job"), work(|_| async { Ok(report(1)) }));
         let mut poll = every(200, "poll");
         poll.kind = JobKind::RealtimeDelivery { batch: 1 };
@@ -947,15 +1205,21 @@ fn a_step_back_repeats_no_time_and_silences_nothing() {
         distinct.dedup();
         assert_eq!(distinct.len(), times.lock().unwrap().len());
         assert!(polls.lock().unwrap().len() >= polled + 10);
-        // A poll that found nothing leaves no row.
-        assert_eq!(daemon.runs("poll").await, []);
+        // Polls that found nothing leave a row a minute.
+        let minutes = daemon.runs("poll").await;
+        assert!(minutes.len() <= 3, "{minutes:?}");
+        let polled: u64 = minutes.iter().map(|run| run.counts["polls"]).sum();
+        assert_eq!(
+            usize::try_from(polled).unwrap(),
+            polls.lock().unwrap().len()
+        );
     });
 }
 
 #[test]
 fn a_poll_that_found_something_leaves_a_row() {
     alone(async |db| {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         let mut poll = every(200, "poll");
         poll.kind = JobKind::RealtimeDelivery { batch: 1 };
         let count = AtomicU32::new(0);
@@ -972,7 +1236,8 @@ fn a_poll_that_found_something_leaves_a_row() {
         })
         .await;
         daemon.drain().await;
-        let runs = daemon.runs("poll").await;
+        let mut runs = daemon.runs("poll").await;
+        runs.retain(|run| !run.counts.contains_key("polls"));
         assert_eq!(runs.len(), 1, "{runs:?}");
         assert_eq!(runs[0].scheduled_at, polls.lock().unwrap()[1]);
     });
@@ -981,7 +1246,7 @@ fn a_poll_that_found_something_leaves_a_row() {
 #[test]
 fn a_second_signal_ends_what_does_not_stop_and_the_run_is_given_back() {
     alone(async |db| {
-        let mut daemon = Daemon::new(&db.ledger, 1);
+        let mut daemon = Daemon::new(db, 1);
         let began = Arc::new(Semaphore::new(0));
         let told = began.clone();
         daemon.job(
@@ -1012,7 +1277,7 @@ fn a_second_signal_ends_what_does_not_stop_and_the_run_is_given_back() {
 fn a_claim_waits_for_a_database_that_is_away_and_then_runs() {
     alone(async |db| {
         let faulty: Arc<dyn JobLedger> = Faulty::new(&db.ledger, &[("claim", 2)], &[]);
-        let mut daemon = Daemon::new(&faulty, 1);
+        let mut daemon = Daemon::with(&faulty, db, 1);
         let times = daemon.job(definition("job"), work(|_| async { Ok(report(1)) }));
         daemon.start();
         let due = daemon.clock.now();
@@ -1021,5 +1286,119 @@ fn a_claim_waits_for_a_database_that_is_away_and_then_runs() {
         daemon.drain().await;
         assert_eq!(times.lock().unwrap()[0], runs[0].scheduled_at);
         assert!(runs[0].scheduled_at > due);
+    });
+}
+
+#[test]
+fn a_run_whose_daemon_is_gone_is_taken_over_within_six_seconds() {
+    run(Engine::Postgres, async |db: &Database| {
+        let id = {
+            // Claimed by a daemon that died at once.
+            let now = db.ledger.now().await.unwrap();
+            let id = RunId::generate(now);
+            let claim = db
+                .ledger
+                .claim(id, "job", now, Trigger::Schedule, worker(9), now);
+            assert_eq!(claim.await.unwrap(), Claim::Claimed);
+            id
+        };
+        let died = Instant::now();
+        let mut daemon = Daemon::new(db, 1);
+        let mut job = definition("job");
+        job.enabled = false;
+        let times = daemon.job(job, work(|_| async { Ok(report(1)) }));
+        daemon.start();
+        let runs = daemon.until("job", RunState::Succeeded, 1).await;
+        assert!(
+            died.elapsed() < Duration::from_secs(6),
+            "{:?}",
+            died.elapsed()
+        );
+        daemon.drain().await;
+        assert_eq!((runs[0].id, runs[0].fence, runs[0].attempt), (id, 2, 2));
+        assert_eq!(times.lock().unwrap().len(), 1);
+    });
+}
+
+#[test]
+fn a_run_that_kills_each_daemon_is_given_up() {
+    run(Engine::Postgres, async |db: &Database| {
+        let now = db.ledger.now().await.unwrap();
+        let id = RunId::generate(now);
+        let claim = db
+            .ledger
+            .claim(id, "job", now, Trigger::Schedule, worker(9), now);
+        assert_eq!(claim.await.unwrap(), Claim::Claimed);
+        db.execute("update job_runs set attempt = 8, leased_until = clock_timestamp()")
+            .await
+            .unwrap();
+        let mut daemon = Daemon::new(db, 1);
+        let mut job = definition("job");
+        job.enabled = false;
+        let times = daemon.job(job, work(|_| async { Ok(report(1)) }));
+        daemon.start();
+        let runs = daemon.until("job", RunState::Failed, 1).await;
+        daemon.drain().await;
+        let error = "given up: 8 daemons died or were cut off while they ran it";
+        assert_eq!(runs[0].error.as_deref(), Some(error));
+        assert_eq!(times.lock().unwrap().len(), 0);
+    });
+}
+
+#[test]
+fn a_daemon_that_cannot_renew_ends_its_runs_before_another_begins_them() {
+    run(Engine::Postgres, async |db: &Database| {
+        let faulty: Arc<dyn JobLedger> = Faulty::new(&db.ledger, &[("renew", 1000)], &[]);
+        let mut cut_off = Daemon::with(&faulty, db, 1);
+        let ended: Arc<Mutex<Vec<Instant>>> = Arc::default();
+        let began = Arc::new(Semaphore::new(0));
+        let (told, end) = (began.clone(), ended.clone());
+        cut_off.job(
+            definition("job"),
+            work(move |_| {
+                struct Guard(Arc<Mutex<Vec<Instant>>>);
+                impl Drop for Guard {
+                    fn drop(&mut self) {
+                        self.0.lock().unwrap().push(Instant::now());
+                    }
+                }
+                told.add_permits(1);
+                let guard = Guard(end.clone());
+                async move {
+                    // Hears nothing.
+                    std::future::pending::<()>().await;
+                    drop(guard);
+                    Ok(report(1))
+                }
+            }),
+        );
+        cut_off.start();
+        let id = cut_off.ask_for("job").await;
+        began.acquire().await.unwrap().forget();
+        let claimed = Instant::now();
+        let mut other = Daemon::new(db, 2);
+        let mut job = definition("job");
+        job.enabled = false;
+        let begun: Arc<Mutex<Vec<Instant>>> = Arc::default();
+        let note = begun.clone();
+        other.job(
+            job,
+            work(move |_| {
+                note.lock().unwrap().push(Instant::now());
+                async { Ok(report(2)) }
+            }),
+        );
+        other.start();
+        // The first claims it again now and then, since it gives back what it lost.
+        cut_off.stop.cancel();
+        let runs = other.until("job", RunState::Succeeded, 1).await;
+        assert_eq!(runs[0].id, id);
+        let (ended, begun) = (ended.lock().unwrap()[0], begun.lock().unwrap()[0]);
+        assert!(ended < begun, "both were at work");
+        assert!(ended.duration_since(claimed) < Duration::from_secs(5));
+        cut_off.drain().await;
+        other.drain().await;
+        let run = db.ledger.find_run(id).await.unwrap().unwrap();
+        assert_eq!((run.state, run.counts["deleted"]), (RunState::Succeeded, 2));
     });
 }

@@ -141,6 +141,8 @@ fn without_a_file_the_defaults_stand() {
                     enabled: true,
                     timeout: Duration::from_secs(30),
                     overlap: Overlap::Skip,
+                    catch_up: CatchUp::Skip,
+                    catch_up_within: Duration::from_hours(12),
                     retry: RetryPolicy::default(),
                     kind: JobKind::RealtimeDelivery { batch: 100 },
                 },
@@ -150,6 +152,8 @@ fn without_a_file_the_defaults_stand() {
                     enabled: true,
                     timeout: Duration::from_hours(1),
                     overlap: Overlap::Skip,
+                    catch_up: CatchUp::Once,
+                    catch_up_within: Duration::from_hours(12),
                     retry: RetryPolicy::default(),
                     kind: JobKind::PurgeExpired {
                         older_than: Duration::from_hours(7 * 24),
