@@ -43,7 +43,8 @@ impl Job for Purge {
         let cutoff = self.cutoff().await?;
         for tenant in self.events.expiring_tenants().await? {
             let purged = self.in_batches(context, "deleted", |limit| {
-                self.events.delete_expired_before(&tenant, cutoff, limit)
+                self.events
+                    .delete_expired_before(&tenant, cutoff, limit, context.fence)
             });
             if purged.await? == Ending::Unfinished {
                 return Ok(Ending::Unfinished);
@@ -91,7 +92,7 @@ impl Purge {
         for tenant in self.events.idempotent_tenants().await? {
             let forgotten = self.in_batches(context, "idempotency_keys", |limit| {
                 self.events
-                    .delete_idempotency_before(&tenant, cutoff, limit)
+                    .delete_idempotency_before(&tenant, cutoff, limit, context.fence)
             });
             if forgotten.await? == Ending::Unfinished {
                 return Ok(Ending::Unfinished);

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use chrono::{DateTime, TimeDelta, Utc};
 use uuid::Uuid;
 
-use super::StorageResult;
+use super::{Fence, StorageResult};
 use crate::domain::{
     Audience, Category, ContactEvent, ContactId, EventId, EventType, SessionId, Subject, TenantId,
     Visibility,
@@ -441,12 +441,14 @@ pub trait EventRepository: Send + Sync + 'static {
     ) -> StorageResult<Option<ContactId>>;
 
     /// Deletes up to `limit` events of a tenant that expired strictly before `cutoff`, first expired
-    /// first, with their receipts and pending deliveries. Answers how many.
+    /// first, with their receipts and pending deliveries. Answers how many; [`StorageError::Fenced`]
+    /// where the run that `fence` names is no longer the caller's, and then nothing is deleted.
     async fn delete_expired_before(
         &self,
         tenant: &TenantId,
         cutoff: DateTime<Utc>,
         limit: u32,
+        fence: Option<Fence>,
     ) -> StorageResult<u64>;
 
     /// The event with which the same request was answered within the last 24 hours.
@@ -457,12 +459,14 @@ pub trait EventRepository: Send + Sync + 'static {
         now: DateTime<Utc>,
     ) -> StorageResult<Option<EventId>>;
 
-    /// Forgets idempotency keys made before `cutoff`, at most `limit` of a tenant.
+    /// Forgets idempotency keys made before `cutoff`, at most `limit` of a tenant. A fence is checked
+    /// as by [`Self::delete_expired_before`].
     async fn delete_idempotency_before(
         &self,
         tenant: &TenantId,
         cutoff: DateTime<Utc>,
         limit: u32,
+        fence: Option<Fence>,
     ) -> StorageResult<u64>;
 
     /// The tenants that have idempotency keys, in order.

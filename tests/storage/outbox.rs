@@ -90,7 +90,7 @@ on_both_engines! {
         let tail = db.events.tail(&mark, &|_, _| true).await.unwrap();
         assert_eq!(tail.entries.iter().map(|entry| entry.event_id).collect::<Vec<_>>(), [expired.id]);
         assert_eq!(db.events.expiring_tenants().await.unwrap(), [acme()]);
-        assert_eq!(db.events.delete_expired_before(&acme(), t0() + days(1), 10).await.unwrap(), 1);
+        assert_eq!(db.events.delete_expired_before(&acme(), t0() + days(1), 10, None).await.unwrap(), 1);
     }
 
     async fn only_realtime_events_that_somebody_may_see_wait(db) {

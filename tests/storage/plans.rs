@@ -496,7 +496,7 @@ async fn check_plans(db: &Database) {
     plans
         .check("events::expiring_tenants", 0, &[], "contact_events_expiry")
         .await;
-    let purge = [acme(), at(40_000), number(100)];
+    let purge = [acme(), at(40_000), number(100), null(), null()];
     for function in [
         "events::find_expired_before",
         "events::count_expired_before",

@@ -299,7 +299,7 @@ on_both_engines! {
         db.events.find_by_contact(&acme(), contact(1), Page::first(10)).await.unwrap();
         assert_eq!(unreadable_rows() - before, counted);
         // What does not read it is not stopped by it.
-        assert_eq!(db.events.delete_expired_before(&acme(), t0() + hours(2), 10).await.unwrap(), 6);
+        assert_eq!(db.events.delete_expired_before(&acme(), t0() + hours(2), 10, None).await.unwrap(), 6);
     }
 
     async fn pages_go_on_behind_rows_that_cannot_be_read(db) {

@@ -420,7 +420,7 @@ on_both_engines! {
         }
         assert_eq!(db.events.idempotent_tenants().await.unwrap(), [acme(), globex()]);
         let forget = async |tenant, limit| {
-            db.events.delete_idempotency_before(&tenant, t0() - hours(24), limit).await.unwrap()
+            db.events.delete_idempotency_before(&tenant, t0() - hours(24), limit, None).await.unwrap()
         };
         assert_eq!(forget(acme(), 1).await, 1);
         assert_eq!(db.count("idempotency_keys where key = 'older' and tenant_id = 'acme'").await, 0);

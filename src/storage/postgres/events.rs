@@ -8,7 +8,7 @@ use sqlx::postgres::{PgArguments, PgConnection, PgRow};
 use sqlx::{PgExecutor, Postgres, Row};
 use uuid::Uuid;
 
-use super::{PgStorage, changed, set};
+use super::{PgStorage, set};
 use crate::domain::{
     AgentId, Audience, Category, ContactEvent, ContactId, EventId, EventType, SessionId, Subject,
     TenantId,
@@ -20,7 +20,7 @@ use crate::storage::events::{
     unused_keys,
 };
 use crate::storage::rows::{self, Columns};
-use crate::storage::{StorageError, StorageResult};
+use crate::storage::{Fence, StorageError, StorageResult};
 
 macro_rules! event_columns {
     () => {
@@ -727,30 +727,48 @@ impl EventRepository for PgStorage {
         tenant: &TenantId,
         cutoff: DateTime<Utc>,
         limit: u32,
+        fence: Option<Fence>,
     ) -> StorageResult<u64> {
         // Skips what another daemon is deleting, or a request changing: a row whose expiry is being
-        // moved must not be deleted by the one that it had.
-        let mut transaction = self.worker.begin().await?;
-        let gone: Vec<Uuid> = sqlx::query_scalar(
-            "delete from contact_events
-             where tenant_id = $1 and ctid = any(array(
-                 select ctid from contact_events
-                 where tenant_id = $1 and expires_at < $2
-                 order by expires_at
-                 limit $3
-                 for update skip locked))
-             returning id",
+        // moved must not be deleted by the one that it had. One statement, and not a transaction of
+        // several: a daemon that is frozen between two of them would keep its locks.
+        let row = sqlx::query(
+            "with run as (
+                 select id from job_runs
+                 where id = $4 and fence = $5 and state = 'running'
+                 for share),
+             gone as (
+                 delete from contact_events
+                 where tenant_id = $1 and ctid = any(array(
+                     select ctid from contact_events
+                     where tenant_id = $1 and expires_at < $2 and ($4::uuid is null or exists (select from run))
+                     order by expires_at
+                     limit $3
+                     for update skip locked))
+                 returning id),
+             outbox as (
+                 delete from event_outbox
+                 where tenant_id = $1 and event_id = any(array(select id from gone))),
+             deliveries as (
+                 delete from event_deliveries
+                 where tenant_id = $1 and event_id = any(array(select id from gone))),
+             reads as (
+                 delete from event_reads
+                 where tenant_id = $1 and event_id = any(array(select id from gone)))
+             select array(select id from gone) as gone, ($4::uuid is null or exists (select from run)) as is_ours",
         )
         .bind(tenant.as_str())
         .bind(cutoff)
         .bind(i64::from(limit))
-        .fetch_all(&mut *transaction)
+        .bind(fence.map(|fence| fence.run.uuid()))
+        .bind(fence.map(|fence| i64::from(fence.number)))
+        .fetch_one(&self.worker)
         .await?;
-        if gone.is_empty() {
-            return Ok(0);
+        if !row.flag("is_ours")? {
+            return Err(StorageError::Fenced);
         }
-        forget(&mut transaction, tenant, &gone).await?;
-        transaction.commit().await?;
+        let gone: Vec<Uuid> = row.try_get("gone")?;
+        self.forget_late(tenant, &gone).await?;
         Ok(gone.len() as u64)
     }
 
@@ -779,19 +797,35 @@ impl EventRepository for PgStorage {
         tenant: &TenantId,
         cutoff: DateTime<Utc>,
         limit: u32,
+        fence: Option<Fence>,
     ) -> StorageResult<u64> {
-        let old = sqlx::query(
-            "delete from idempotency_keys where tenant_id = $1 and ctid = any(array(
-                 select ctid from idempotency_keys
-                 where tenant_id = $1 and created_at < $2 order by created_at limit $3
-                 for update skip locked))",
+        let row = sqlx::query(
+            "with run as (
+                 select id from job_runs
+                 where id = $4 and fence = $5 and state = 'running'
+                 for share),
+             gone as (
+                 delete from idempotency_keys
+                 where tenant_id = $1 and ctid = any(array(
+                     select ctid from idempotency_keys
+                     where tenant_id = $1 and created_at < $2 and ($4::uuid is null or exists (select from run))
+                     order by created_at
+                     limit $3
+                     for update skip locked))
+                 returning 1)
+             select (select count(*) from gone) as gone, ($4::uuid is null or exists (select from run)) as is_ours",
         )
         .bind(tenant.as_str())
         .bind(cutoff)
         .bind(i64::from(limit))
-        .execute(&self.worker)
+        .bind(fence.map(|fence| fence.run.uuid()))
+        .bind(fence.map(|fence| i64::from(fence.number)))
+        .fetch_one(&self.worker)
         .await?;
-        Ok(changed(&old))
+        if !row.flag("is_ours")? {
+            return Err(StorageError::Fenced);
+        }
+        Ok(row.int("gone")?.unwrap_or_default().unsigned_abs())
     }
 
     async fn idempotent_tenants(&self) -> StorageResult<Vec<TenantId>> {
@@ -806,6 +840,35 @@ impl EventRepository for PgStorage {
         .fetch_all(&self.worker)
         .await?;
         Ok(rows::tenants(&rows))
+    }
+}
+
+impl PgStorage {
+    /// Deletes receipts that were added while the statement that deleted their events waited for
+    /// locks, so that it did not see them. An event may have been recorded anew since: then what
+    /// stands beside it is its own.
+    async fn forget_late(&self, tenant: &TenantId, gone: &[Uuid]) -> StorageResult<()> {
+        if gone.is_empty() {
+            return Ok(());
+        }
+        sqlx::query(
+            "with outbox as (
+                 delete from event_outbox o
+                 where tenant_id = $1 and event_id = any($2) and not exists (
+                     select from contact_events e where e.tenant_id = $1 and e.id = o.event_id)),
+             deliveries as (
+                 delete from event_deliveries d
+                 where tenant_id = $1 and event_id = any($2) and not exists (
+                     select from contact_events e where e.tenant_id = $1 and e.id = d.event_id))
+             delete from event_reads r
+             where tenant_id = $1 and event_id = any($2) and not exists (
+                 select from contact_events e where e.tenant_id = $1 and e.id = r.event_id)",
+        )
+        .bind(tenant.as_str())
+        .bind(gone)
+        .execute(&self.worker)
+        .await?;
+        Ok(())
     }
 }
 

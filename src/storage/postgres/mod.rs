@@ -16,9 +16,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use futures_util::future::BoxFuture;
-use sqlx::postgres::{
-    PgConnectOptions, PgConnection, PgPool, PgPoolOptions, PgQueryResult, PgRow, PgSslMode,
-};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPool, PgPoolOptions, PgRow, PgSslMode};
 use sqlx::{Column, ConnectOptions, Connection, Row, TypeInfo};
 use uuid::Uuid;
 
@@ -251,11 +249,6 @@ impl Columns for PgRow {
 /// Ids as the array that `= any($n)` takes.
 fn set<T: Copy>(ids: &[T], uuid: fn(T) -> Uuid) -> Vec<Uuid> {
     ids.iter().copied().map(uuid).collect()
-}
-
-/// How many rows a statement changed.
-fn changed(result: &PgQueryResult) -> u64 {
-    result.rows_affected()
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use crate::storage::events::{
     unused_keys,
 };
 use crate::storage::rows::{self, Columns};
-use crate::storage::{StorageError, StorageResult};
+use crate::storage::{Fence, StorageError, StorageResult};
 
 macro_rules! event_columns {
     () => {
@@ -704,11 +704,13 @@ impl EventRepository for SqliteStorage {
         tenant: &TenantId,
         cutoff: DateTime<Utc>,
         limit: u32,
+        fence: Option<Fence>,
     ) -> StorageResult<u64> {
         let tenant = tenant.clone();
         self.writer
             .write(move |db| {
                 Box::pin(async move {
+                    check_fence(db, fence).await?;
                     let ids: Vec<String> = sqlx::query_scalar(
                         "delete from contact_events where seq in (
                              select seq from contact_events
@@ -754,11 +756,13 @@ impl EventRepository for SqliteStorage {
         tenant: &TenantId,
         cutoff: DateTime<Utc>,
         limit: u32,
+        fence: Option<Fence>,
     ) -> StorageResult<u64> {
         let tenant = tenant.clone();
         self.writer
             .write(move |db| {
                 Box::pin(async move {
+                    check_fence(db, fence).await?;
                     let old = sqlx::query(
                         "delete from idempotency_keys where tenant_id = $1 and key in (
                              select key from idempotency_keys
@@ -785,6 +789,24 @@ impl EventRepository for SqliteStorage {
         .fetch_all(&self.readers)
         .await?;
         Ok(rows::tenants(&rows))
+    }
+}
+
+/// Refuses to write for a run that is no longer the caller's. What follows in the transaction is safe:
+/// nobody else writes before its end.
+async fn check_fence(db: &mut SqliteConnection, fence: Option<Fence>) -> StorageResult<()> {
+    let Some(fence) = fence else { return Ok(()) };
+    let is_ours: bool = sqlx::query_scalar(
+        "select exists (select 1 from job_runs where id = $1 and fence = $2 and state = 'running')",
+    )
+    .bind(text(fence.run.uuid()))
+    .bind(fence.number)
+    .fetch_one(db)
+    .await?;
+    if is_ours {
+        Ok(())
+    } else {
+        Err(StorageError::Fenced)
     }
 }
 
