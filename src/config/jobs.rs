@@ -38,7 +38,7 @@ const CATCH_UPS: [(&str, CatchUp); 3] = [
     ("all", CatchUp::All),
 ];
 
-const CATEGORIES: &[&str] = &[
+pub(super) const CATEGORIES: &[&str] = &[
     "general",
     "status",
     "pipeline",
@@ -55,7 +55,7 @@ const CATEGORIES: &[&str] = &[
 const DAY: Duration = Duration::from_hours(24);
 
 /// A hundred years: more than any retention law asks for, and far from what overflows a date.
-const LONGEST_PERIOD: Duration = Duration::from_hours(24 * 36_500);
+pub(super) const LONGEST_PERIOD: Duration = Duration::from_hours(24 * 36_500);
 
 /// One job as an operator defined it.
 #[derive(Debug, Clone, PartialEq, Eq)]

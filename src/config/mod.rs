@@ -13,6 +13,7 @@ mod layers;
 mod mail;
 mod notes;
 mod reader;
+mod retention;
 mod rules;
 mod secret;
 mod sections;
@@ -22,8 +23,10 @@ mod tests;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use notes::Reading;
+use notes::{LISTS, Reading};
 use reader::{Section, read_root};
+
+use crate::domain::RetentionRule;
 
 pub use auth::{Auth, PublicKeyAlgorithm, Verifier};
 pub use database::{Database, DatabaseUrl, Synchronous};
@@ -59,6 +62,8 @@ pub struct Config {
     pub log: Log,
     /// `[[jobs]]`, in the order of the file.
     pub jobs: Vec<JobDefinition>,
+    /// `[[retention]]`: no two select the same.
+    pub retention: Vec<RetentionRule>,
 }
 
 /// What a configuration is to be read from.
@@ -113,7 +118,7 @@ fn load_with(request: &Request, system_file: &Path) -> Result<Loaded, ConfigErro
     // A list of tables cannot be set by variables, and `config` would put a table in its place.
     let mergeable = ours
         .into_iter()
-        .filter(|(name, _)| !name.starts_with("TIMELINED__JOBS"));
+        .filter(|(name, _)| !LISTS.iter().any(|(prefix, _)| name.starts_with(prefix)));
     let values = layers::merge(built_in, layer, mergeable.collect())?;
 
     let mut reading = Reading::new(shown, spots, environment, &request.working_directory);
@@ -150,6 +155,7 @@ impl Config {
             history: root.section("history", History::read),
             log: root.section("log", Log::read),
             jobs: jobs::read(root),
+            retention: retention::read(root),
             database,
             http,
         }

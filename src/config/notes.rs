@@ -12,6 +12,12 @@ use super::layers::Spot;
 const VARIABLE_FORM: &str =
     "a name is TIMELINED__SECTION__KEY, in capitals, with two underscores before each part";
 
+/// The lists of tables, which no variables can set: how these would begin, and the key.
+pub(super) const LISTS: [(&str, &str); 2] = [
+    ("TIMELINED__JOBS", "jobs"),
+    ("TIMELINED__RETENTION", "retention"),
+];
+
 /// One line of `config show`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -142,9 +148,12 @@ impl Reading {
             let problem = if variables.iter().any(|known| known == name) {
                 Problem::new("has no effect beside another variable for the same key")
                     .allowed("set one of them")
-            } else if name.to_uppercase().starts_with("TIMELINED__JOBS__") {
-                Problem::new("jobs cannot be set by variables")
-                    .allowed("write [[jobs]] in the file")
+            } else if let Some((_, list)) = LISTS
+                .iter()
+                .find(|(prefix, _)| name.to_uppercase().starts_with(&format!("{prefix}__")))
+            {
+                Problem::new(format!("{list} cannot be set by variables"))
+                    .allowed(format!("write [[{list}]] in the file"))
             } else {
                 Problem::new("unknown variable")
                     .allowed(VARIABLE_FORM)

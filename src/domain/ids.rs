@@ -110,6 +110,10 @@ uuid_id!(
     /// An export of a timeline.
     ExportId
 );
+uuid_id!(
+    /// A legal hold.
+    HoldId
+);
 
 fn name(text: &str) -> Result<Arc<str>, IdError> {
     let length = text.chars().count();

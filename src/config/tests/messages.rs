@@ -31,7 +31,7 @@ cron = \"30 3 * * *\"
 config/timelined.toml:2:1: http.listn: unknown key; http takes allowed_origins, listen, ops_listen, public_url, shutdown_timeout; did you mean \"listen\"?
 config/timelined.toml:3:20: http.shutdown_timeout: 20 has no unit; a duration from 0s to 10m, such as \"90s\" or \"1h 30m\"; did you mean \"20s\"?
 config/timelined.toml:6:10: realtime.window: 0 is too small; a whole number from 1 to 10000
-config/timelined.toml:8:2: lgo: unknown key; the file takes auth, database, export, history, http, jobs, log, mail, realtime, state_directory; did you mean \"log\"?
+config/timelined.toml:8:2: lgo: unknown key; the file takes auth, database, export, history, http, jobs, log, mail, realtime, retention, state_directory; did you mean \"log\"?
 config/timelined.toml:14:8: jobs.a.cron: \"30 3 * * *\" has five fields; six are needed, seconds first; did you mean \"0 30 3 * * *\"?
 TIMELINED_HTTP__LISTEN: unknown variable; a name is TIMELINED__SECTION__KEY, in capitals, with two underscores before each part; did you mean \"TIMELINED__HTTP__LISTEN\"?
 TIMELINED__REALTIME__ACK_TIMEOUT: 30 has no unit; a duration from 1s to 10m, such as \"90s\" or \"1h 30m\"; did you mean \"30s\"?"
@@ -400,11 +400,11 @@ fn keys_that_are_unknown_doubled_or_broken_are_told_with_their_place() {
     assert_said(&[
         (
             "windw = 1",
-            "1:1: windw: unknown key; the file takes auth, database, export, history, http, jobs, log, mail, realtime, state_directory",
+            "1:1: windw: unknown key; the file takes auth, database, export, history, http, jobs, log, mail, realtime, retention, state_directory",
         ),
         (
             "listen = \"127.0.0.1:1\"",
-            "1:1: listen: unknown key; the file takes auth, database, export, history, http, jobs, log, mail, realtime, state_directory; did you mean \"http.listen\"?",
+            "1:1: listen: unknown key; the file takes auth, database, export, history, http, jobs, log, mail, realtime, retention, state_directory; did you mean \"http.listen\"?",
         ),
         (
             "\"http.listen\" = \"127.0.0.1:1\"",
@@ -582,6 +582,7 @@ fn wrong_variables_are_told_by_their_names() {
         ("TIMELINED", "x", format!("unknown variable; {form}")),
         ("TIMELINED__NOTHING__LIKE_IT", "x", format!("unknown variable; {form}")),
         ("TIMELINED__JOBS__0__CRON", "x", "jobs cannot be set by variables; write [[jobs]] in the file".to_owned()),
+        ("TIMELINED__RETENTION__0__MAX_AGE", "1d", "retention cannot be set by variables; write [[retention]] in the file".to_owned()),
         ("TIMELINED__HTTP", "x", "is a section, not a value; set its keys, each by a variable TIMELINED__HTTP__…".to_owned()),
         ("TIMELINED__REALTIME__WINDOW", "many", "\"many\" is text, not a whole number; a whole number from 1 to 10000".to_owned()),
         ("TIMELINED__REALTIME__WINDOW", "0", "0 is too small; a whole number from 1 to 10000".to_owned()),
@@ -599,4 +600,27 @@ fn wrong_variables_are_told_by_their_names() {
         assert_eq!(said, format!("{name}: {expected}"));
         assert!(!said.contains("s3cret"));
     }
+}
+
+#[test]
+fn wrong_retention_rules_are_told_word_for_word() {
+    let period = "a duration from 0s to 36500d, such as \"90s\" or \"1h 30m\"";
+    let rule = |lines: &str| format!("[[retention]]\n{lines}\n");
+    let cases = [
+        (rule("older_than = 30"), format!("2:14: retention[0].older_than: 30 has no unit; {period}; did you mean \"30s\"?")),
+        (rule("older_than = \"999999d\""), format!("2:14: retention[0].older_than: \"999999d\" is too long; {period}")),
+        (rule("max_age = \"0s\""), "2:11: retention[0].max_age: \"0s\" is too short; a duration from 1s to 36500d, such as \"90s\" or \"1h 30m\"".to_owned()),
+        (rule("max_age = \"1d\"\ncategory = \"tracing\""), "3:12: retention[0].category: \"tracing\" is unknown; \"general\", \"status\", \"pipeline\", \"assignment\", \"tag\", \"note\", \"session\", \"custom_field\", \"system\", \"notification\" or \"tracking\"; did you mean \"tracking\"?".to_owned()),
+        (rule("max_age = \"1d\"\nevent_type = \"Note Added\""), "3:14: retention[0].event_type: \"Note Added\" is not a type of an event; 1 to 64 of a-z, 0-9, _ and ., beginning with a letter; did you mean \"note_added\"?".to_owned()),
+        (rule("max_age = \"1d\"\ntenant = \"\""), "3:10: retention[0].tenant: \"\" is not valid (must be 1 to 255 characters, is 0); the id of a tenant, 1 to 255 characters".to_owned()),
+        (rule("max_age = \"1d\"\ncatgory = \"note\""), "3:1: retention[0].catgory: unknown key; retention[0] takes category, event_type, max_age, older_than, tenant; did you mean \"category\"?".to_owned()),
+        (rule("tenant = \"acme\""), "1:1: retention[0]: says no period; older_than for events with an expiry, max_age for those without one, or both".to_owned()),
+        (format!("{}{}", rule("max_age = \"1d\"\ntenant = \"acme\""), rule("older_than = \"1d\"\ntenant = \"acme\"")),
+         "4:1: retention[1]: selects what retention[0] selects; one rule for each tenant, category and event_type: join the two".to_owned()),
+        ("[retention]\nmax_age = \"1d\"".to_owned(), "1:1: retention: is not a list of tables; write each under a line [[retention]]".to_owned()),
+    ];
+    let cases: Vec<(&str, &str)> = (cases.iter())
+        .map(|(text, said)| (text.as_str(), said.as_str()))
+        .collect();
+    assert_said(&cases);
 }

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::time::Duration;
 
+use chrono::TimeDelta;
 use chrono_tz::Tz;
 use tempfile::TempDir;
 
@@ -161,6 +162,7 @@ fn without_a_file_the_defaults_stand() {
                     },
                 },
             ],
+            retention: vec![],
         }
     );
 }
@@ -630,6 +632,41 @@ fn jobs_take_all_their_keys() {
     assert_eq!(job.audience, crate::domain::Audience::Audit);
     assert_eq!((job.attach, job.period), (false, Duration::from_hours(24)));
     assert!(matches!(&job.selection, Selection::Contacts(contacts) if contacts.len() == 1));
+}
+
+#[test]
+fn retention_rules_take_all_their_keys() {
+    let config = Setup::file(
+        r#"
+        [[retention]]
+        older_than = "0s"
+
+        [[retention]]
+        tenant = "acme"
+        category = "note"
+        event_type = "note_added"
+        older_than = "30d"
+        max_age = "90d"
+        "#,
+    )
+    .loaded()
+    .config;
+    let [all, notes] = &config.retention[..] else {
+        panic!("{:?}", config.retention);
+    };
+    assert_eq!(all.to_string(), "everything");
+    assert_eq!(
+        (all.older_than, all.max_age),
+        (Some(TimeDelta::zero()), None)
+    );
+    assert_eq!(
+        notes.to_string(),
+        "tenant=acme category=note event_type=note_added"
+    );
+    assert_eq!(
+        (notes.older_than, notes.max_age),
+        (Some(TimeDelta::days(30)), Some(TimeDelta::days(90)))
+    );
 }
 
 #[test]
