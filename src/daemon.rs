@@ -21,7 +21,7 @@ use uuid::Uuid;
 use crate::access::Access;
 use crate::api::{self, ExportsApi, Health, JobsApi, LiveApi, OpsApi, Parts};
 use crate::config::{Config, DatabaseUrl, JobDefinition, JobKind, Synchronous};
-use crate::domain::{Clock, Retention, RunId};
+use crate::domain::{Clock, Retention, RetentionRule, RunId};
 use crate::export::{self, Exporter};
 use crate::jobs::{
     Deliver, Job, Pulse, Purge, Runner, RunnerHandle, RunnerSettings, ScheduleExports,
@@ -172,7 +172,7 @@ impl Daemon {
             export_wake: export_wake.clone(),
         };
         let (definitions, definitions_seen) = watch::channel(Arc::from(config.jobs.as_slice()));
-        let jobs = job_parts.jobs(&config.jobs);
+        let jobs = job_parts.jobs(&config);
         let runner = Runner::new(
             RunnerSettings {
                 ledger: storage.ledger.clone(),
@@ -324,7 +324,7 @@ impl Daemon {
             .collect();
         changed.sort();
         changed.dedup();
-        self.runner.replace(self.job_parts.jobs(&config.jobs));
+        self.runner.replace(self.job_parts.jobs(&config));
         self.definitions
             .send_replace(Arc::from(config.jobs.as_slice()));
         self.config = config;
@@ -407,12 +407,13 @@ struct JobParts {
 }
 
 impl JobParts {
-    fn jobs(&self, definitions: &[JobDefinition]) -> Vec<(JobDefinition, Arc<dyn Job>)> {
-        let jobs = definitions.iter();
-        jobs.map(|job| (job.clone(), self.job(job))).collect()
+    fn jobs(&self, config: &Config) -> Vec<(JobDefinition, Arc<dyn Job>)> {
+        let jobs = config.jobs.iter();
+        jobs.map(|job| (job.clone(), self.job(job, &config.retention)))
+            .collect()
     }
 
-    fn job(&self, definition: &JobDefinition) -> Arc<dyn Job> {
+    fn job(&self, definition: &JobDefinition, rules: &[RetentionRule]) -> Arc<dyn Job> {
         match &definition.kind {
             JobKind::RealtimeDelivery { .. } => {
                 Arc::new(Deliver::new(self.pump.clone(), self.counts.clone()))
@@ -420,7 +421,10 @@ impl JobParts {
             JobKind::PurgeExpired {
                 older_than,
                 dry_run,
-            } => Arc::new(purge(&self.storage, &self.clock, *older_than, *dry_run)),
+            } => {
+                let retention = retention(*older_than, rules);
+                Arc::new(purge(&self.storage, &self.clock, retention, *dry_run))
+            }
             JobKind::TimelineExport(settings) => Arc::new(ScheduleExports {
                 name: definition.name.clone(),
                 settings: settings.as_ref().clone(),
@@ -432,20 +436,27 @@ impl JobParts {
     }
 }
 
+/// The rules of a purge that keeps expired events for `older_than` where none says otherwise.
+#[must_use]
+pub fn retention(older_than: Duration, rules: &[RetentionRule]) -> Retention {
+    let older_than = TimeDelta::from_std(older_than).unwrap_or(TimeDelta::MAX);
+    Retention::new(older_than).with_rules(rules.to_vec())
+}
+
 /// The purge on this storage.
 #[must_use]
 pub fn purge(
     storage: &Storage,
     clock: &Arc<dyn Clock>,
-    older_than: Duration,
+    retention: Retention,
     dry_run: bool,
 ) -> Purge {
-    let older_than = TimeDelta::from_std(older_than).unwrap_or(TimeDelta::MAX);
     Purge {
         events: storage.events.clone(),
+        store: storage.retention.clone(),
         ledger: storage.ledger.clone(),
         clock: clock.clone(),
-        retention: Retention::new(older_than),
+        retention,
         dry_run,
         batch_time: if storage.is_exclusive() {
             SQLITE_BATCH_TIME

@@ -75,9 +75,21 @@ pub enum Refusal {
     /// Nobody may see the event, so nobody can have been given it.
     #[error("the event is visible to nobody")]
     VisibleToNobody,
+    /// A legal hold keeps it.
+    #[error("a legal hold keeps it; release the hold first")]
+    Held,
     /// The store failed.
     #[error(transparent)]
-    Storage(#[from] StorageError),
+    Storage(StorageError),
+}
+
+impl From<StorageError> for Refusal {
+    fn from(error: StorageError) -> Self {
+        match error {
+            StorageError::Held => Self::Held,
+            other => Self::Storage(other),
+        }
+    }
 }
 
 /// The use cases.
@@ -237,7 +249,7 @@ impl Timeline {
     /// Deletes an event with its receipts.
     ///
     /// # Errors
-    /// [`Refusal::NotFound`] where there is none for this reader.
+    /// [`Refusal::NotFound`] where there is none for this reader, [`Refusal::Held`] under a hold.
     pub async fn delete(&self, reader: &Reader, id: EventId) -> Result<(), Refusal> {
         let event = self.find(reader, id).await?;
         let now = self.clock.now();

@@ -28,6 +28,8 @@ mod plans;
 mod purging;
 #[path = "storage/receipts.rs"]
 mod receipts;
+#[path = "storage/retention.rs"]
+mod retention;
 #[path = "storage/rules.rs"]
 mod rules;
 #[path = "storage/saving.rs"]

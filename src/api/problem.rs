@@ -146,6 +146,11 @@ impl Problem {
         Self::new(StatusCode::CONFLICT, kind, title, detail)
     }
 
+    /// 409: a legal hold keeps what was to be deleted.
+    pub fn held(detail: impl Into<String>) -> Self {
+        Self::conflict("held", "Under a legal hold", detail)
+    }
+
     /// 410: it was there.
     pub fn gone(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::GONE, "gone", "Gone", detail)
@@ -227,6 +232,7 @@ impl From<StorageError> for Problem {
                     "the database is not available; nothing was acknowledged, try again later",
                 )
             }
+            StorageError::Held => Self::held(text),
             StorageError::Migration(_)
             | StorageError::Fenced
             | StorageError::Corrupt { .. }
@@ -247,6 +253,7 @@ impl From<Refusal> for Problem {
             Refusal::IdTaken => Self::conflict("id-taken", "Id taken", detail),
             Refusal::NotFound => Self::not_found(detail),
             Refusal::NotTheAudience => Self::forbidden(detail),
+            Refusal::Held => Self::held(detail),
             Refusal::Expired => Self::conflict("expired", "Expired", detail),
             Refusal::VisibleToNobody => {
                 Self::conflict("visible-to-nobody", "Visible to nobody", detail)

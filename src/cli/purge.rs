@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -13,7 +13,7 @@ use super::{Done, Failure, Global, clock, load, open, print, say};
 use crate::config::{Config, JobKind};
 use crate::daemon;
 use crate::domain::{RunId, format_time};
-use crate::jobs::{Due, Ending, Job as _, Report, RunContext};
+use crate::jobs::{Due, DuePart, Ending, Job as _, Report, RunContext};
 use crate::storage::{Run, RunState, Trigger};
 use crate::telemetry::chain;
 
@@ -42,34 +42,14 @@ fn configured(config: &Config) -> (String, Duration) {
 pub(super) async fn run(global: &Global, options: &Options) -> Done {
     let config = load(global)?.config;
     let (job, older_than) = configured(&config);
+    let retention = daemon::retention(older_than, &config.retention);
     let storage = open(&config).await?;
     let clock = clock();
     let now = clock.now();
-    let purge = daemon::purge(&storage, &clock, older_than, options.dry_run);
+    let purge = daemon::purge(&storage, &clock, retention, options.dry_run);
     let done = if options.dry_run {
-        let Due {
-            cutoff,
-            tenants: due,
-        } = purge.due().await?;
-        let total: u64 = due.iter().map(|(_, count)| count).sum();
-        let tenants: Vec<_> = due
-            .iter()
-            .map(|(tenant, count)| json!({ "tenant": tenant, "events": count }))
-            .collect();
-        let body =
-            json!({ "would_delete": total, "cutoff": format_time(cutoff), "tenants": tenants });
-        print(global, &body, || {
-            let mut lines: Vec<String> = due
-                .iter()
-                .filter(|(_, count)| *count > 0)
-                .map(|(tenant, count)| format!("{tenant}: {count} events"))
-                .collect();
-            let cutoff = format_time(cutoff);
-            lines.push(format!(
-                "would delete {total} events that expired before {cutoff}"
-            ));
-            lines.join("\n")
-        })
+        let due = purge.due().await?;
+        print(global, &as_json(&due), || as_text(&due))
     } else {
         let id = RunId::generate(now);
         let context = RunContext {
@@ -149,4 +129,63 @@ fn stop_by_signal() -> anyhow::Result<CancellationToken> {
         }
     });
     Ok(stop)
+}
+
+fn as_json(due: &Due) -> Value {
+    let total: u64 = due.parts.iter().map(|part| part.count.due).sum();
+    let held: u64 = due.parts.iter().map(|part| part.count.held).sum();
+    let by_tenant = due.parts.chunk_by(|a, b| a.sweep.tenant == b.sweep.tenant);
+    let tenants: Vec<Value> = by_tenant
+        .map(|parts| {
+            let rules: Vec<Value> = parts
+                .iter()
+                .map(|DuePart { sweep, count }| {
+                    json!({
+                        "rule": sweep.rule,
+                        "cause": sweep.cause,
+                        "before": format_time(sweep.before),
+                        "reason": sweep.reason(),
+                        "events": count.due,
+                        "held": count.held,
+                    })
+                })
+                .collect();
+            json!({
+                "tenant": parts[0].sweep.tenant,
+                "events": parts.iter().map(|part| part.count.due).sum::<u64>(),
+                "held": parts.iter().map(|part| part.count.held).sum::<u64>(),
+                "rules": rules,
+            })
+        })
+        .collect();
+    let cutoff = format_time(due.cutoff);
+    json!({ "would_delete": total, "held": held, "cutoff": cutoff, "tenants": tenants })
+}
+
+fn as_text(due: &Due) -> String {
+    let mut lines = Vec::new();
+    let (mut total, mut held) = (0, 0);
+    for DuePart { sweep, count } in &due.parts {
+        total += count.due;
+        held += count.held;
+        let kept = if count.held > 0 {
+            format!("; {} more are held", count.held)
+        } else {
+            String::new()
+        };
+        lines.push(format!(
+            "{}: {} events by {}: {}{kept}",
+            sweep.tenant,
+            count.due,
+            sweep.rule,
+            sweep.reason()
+        ));
+    }
+    let kept = if held > 0 {
+        format!("; holds keep {held}")
+    } else {
+        String::new()
+    };
+    lines.push(format!("would delete {total} events{kept}"));
+    lines.join("\n")
 }

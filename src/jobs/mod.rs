@@ -23,7 +23,7 @@ pub use controls::resume;
 pub use deliver::Deliver;
 pub use export::ScheduleExports;
 pub use pulse::Pulse;
-pub use purge::{Due, Purge};
+pub use purge::{Due, DuePart, Purge};
 pub use runner::{Runner, RunnerHandle, RunnerSettings};
 
 use crate::domain::RunId;

@@ -1,5 +1,9 @@
-//! The purge: deletes what expired strictly before `now - older_than`, and nothing else.
+//! The purge: deletes what policy says is due, and nothing else.
+//!
+//! Tenant by tenant and rule by rule it goes through a range of an index ([`Sweep`]), in batches that
+//! follow their time. What a hold keeps is passed over.
 
+use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -7,8 +11,10 @@ use async_trait::async_trait;
 use chrono::{DateTime, TimeDelta, Utc};
 
 use super::{Ending, Job, JobError, RunContext};
-use crate::domain::{Clock, Retention, TenantId};
-use crate::storage::{EventRepository, JobLedger, StorageResult};
+use crate::domain::{Clock, Retention, Sweep, TenantId};
+use crate::storage::{
+    Deletion, DueCount, EventRepository, JobLedger, RetentionStore, StorageResult,
+};
 
 /// Idempotency keys count for 24 hours.
 const IDEMPOTENCY_KEPT: TimeDelta = TimeDelta::hours(24);
@@ -19,11 +25,13 @@ const LARGEST_BATCH: u32 = 10_000;
 pub struct Purge {
     /// The events.
     pub events: Arc<dyn EventRepository>,
+    /// What is deleted, and what is held.
+    pub store: Arc<dyn RetentionStore>,
     /// Whose clock has a say in what is due.
     pub ledger: Arc<dyn JobLedger>,
     /// This machine's clock.
     pub clock: Arc<dyn Clock>,
-    /// The rule.
+    /// The rules.
     pub retention: Retention,
     /// Count only.
     pub dry_run: bool,
@@ -35,19 +43,24 @@ pub struct Purge {
 impl Job for Purge {
     async fn run(&self, context: &RunContext) -> Result<Ending, JobError> {
         if self.dry_run {
-            for (_, count) in self.due().await?.tenants {
-                context.report.add("would_delete", count);
+            for part in self.due().await?.parts {
+                context.report.add("would_delete", part.count.due);
+                context.report.add("held", part.count.held);
             }
             return Ok(Ending::Finished);
         }
-        let cutoff = self.cutoff().await?;
-        for tenant in self.events.expiring_tenants().await? {
-            let purged = self.in_batches(context, "deleted", |limit| {
-                self.events
-                    .delete_expired_before(&tenant, cutoff, limit, context.fence)
-            });
-            if purged.await? == Ending::Unfinished {
-                return Ok(Ending::Unfinished);
+        let now = self.now().await?;
+        let held: HashSet<TenantId> = self.store.held_tenants().await?.into_iter().collect();
+        for tenant in self.tenants().await? {
+            // Not even counted, so that holds cost nothing.
+            if held.contains(&tenant) {
+                context.report.add("held_tenants", 1);
+                continue;
+            }
+            for sweep in self.retention.sweeps(&tenant, now) {
+                if self.sweep(context, &sweep).await? == Ending::Unfinished {
+                    return Ok(Ending::Unfinished);
+                }
             }
         }
         Ok(self.forget_idempotency_keys(context).await?)
@@ -57,10 +70,19 @@ impl Job for Purge {
 /// What a purge would delete now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Due {
-    /// What expired strictly before this.
+    /// Where no rule says otherwise, what expired strictly before this.
     pub cutoff: DateTime<Utc>,
-    /// How much of it each tenant has.
-    pub tenants: Vec<(TenantId, u64)>,
+    /// Tenant by tenant and rule by rule; parts of nothing are left out.
+    pub parts: Vec<DuePart>,
+}
+
+/// What a purge would delete of a tenant by one rule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DuePart {
+    /// What it reads.
+    pub sweep: Sweep,
+    /// How much of it goes, and how much a hold keeps.
+    pub count: DueCount,
 }
 
 impl Purge {
@@ -69,8 +91,16 @@ impl Purge {
         Ok(self.ledger.now().await?.min(self.clock.now()))
     }
 
-    async fn cutoff(&self) -> StorageResult<DateTime<Utc>> {
-        Ok(self.retention.cutoff(self.now().await?))
+    /// The tenants of which anything can be due, in order.
+    async fn tenants(&self) -> StorageResult<BTreeSet<TenantId>> {
+        let mut tenants: BTreeSet<TenantId> =
+            self.events.expiring_tenants().await?.into_iter().collect();
+        if self.retention.takes_aged_of_any_tenant() {
+            tenants.extend(self.store.ageing_tenants().await?);
+        } else {
+            tenants.extend(self.retention.tenants_with_max_age().cloned());
+        }
+        Ok(tenants)
     }
 
     /// What a run would delete: the same selection, by the same clocks.
@@ -78,63 +108,107 @@ impl Purge {
     /// # Errors
     /// Those of storage.
     pub async fn due(&self) -> StorageResult<Due> {
-        let cutoff = self.cutoff().await?;
-        let mut tenants = Vec::new();
-        for tenant in self.events.expiring_tenants().await? {
-            let count = self.events.count_expired_before(&tenant, cutoff).await?;
-            tenants.push((tenant, count));
+        let now = self.now().await?;
+        let mut parts = Vec::new();
+        for tenant in self.tenants().await? {
+            for sweep in self.retention.sweeps(&tenant, now) {
+                let count = self.store.count_due(&sweep, u64::MAX).await?;
+                if count != DueCount::default() {
+                    parts.push(DuePart { sweep, count });
+                }
+            }
         }
-        Ok(Due { cutoff, tenants })
+        let cutoff = self.retention.cutoff(now);
+        Ok(Due { cutoff, parts })
+    }
+
+    /// Deletes what a sweep selects.
+    async fn sweep(&self, context: &RunContext, sweep: &Sweep) -> StorageResult<Ending> {
+        let mut pace = Pace::new(self.batch_time);
+        let mut after = None;
+        while let Some(limit) = pace.begin(context) {
+            let deletion = Deletion {
+                run: Some(context.run),
+                fence: context.fence,
+                now: self.clock.now(),
+            };
+            let batch = self.store.sweep(sweep, after, limit, deletion).await?;
+            after = batch.last;
+            context.report.add("deleted", batch.deleted);
+            context.report.add("held", batch.held);
+            if pace.is_end(batch.seen, batch.deleted) {
+                return Ok(Ending::Finished);
+            }
+            pace.pause(context).await;
+        }
+        Ok(Ending::Unfinished)
     }
 
     async fn forget_idempotency_keys(&self, context: &RunContext) -> StorageResult<Ending> {
         let cutoff = self.now().await? - IDEMPOTENCY_KEPT;
         for tenant in self.events.idempotent_tenants().await? {
-            let forgotten = self.in_batches(context, "idempotency_keys", |limit| {
-                self.events
+            let mut pace = Pace::new(self.batch_time);
+            loop {
+                let Some(limit) = pace.begin(context) else {
+                    return Ok(Ending::Unfinished);
+                };
+                let forgotten = self
+                    .events
                     .delete_idempotency_before(&tenant, cutoff, limit, context.fence)
-            });
-            if forgotten.await? == Ending::Unfinished {
-                return Ok(Ending::Unfinished);
+                    .await?;
+                context.report.add("idempotency_keys", forgotten);
+                if pace.is_end(forgotten, forgotten) {
+                    break;
+                }
+                pace.pause(context).await;
             }
         }
         Ok(Ending::Finished)
     }
+}
 
-    /// Deletes in batches until a short one, or until the run is to stop.
-    async fn in_batches<F>(
-        &self,
-        context: &RunContext,
-        name: &str,
-        delete: impl Fn(u32) -> F,
-    ) -> StorageResult<Ending>
-    where
-        F: Future<Output = StorageResult<u64>>,
-    {
-        let mut limit = FIRST_BATCH;
-        loop {
-            if context.stop.is_cancelled() {
-                return Ok(Ending::Unfinished);
-            }
-            let began = Instant::now();
-            let deleted = delete(limit).await?;
-            let took = began.elapsed();
-            tracing::debug!(
-                what = name,
-                rows = deleted,
-                elapsed_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
-                "purged a batch"
-            );
-            context.report.add(name, deleted);
-            if deleted < u64::from(limit) {
-                return Ok(Ending::Finished);
-            }
-            limit = next_batch(limit, took, self.batch_time);
-            // As long a pause as the work: others get the database half of the time.
-            tokio::select! {
-                () = tokio::time::sleep(took.min(self.batch_time)) => {}
-                () = context.stop.cancelled() => {}
-            }
+/// How large batches are, and how long the pauses between them.
+struct Pace {
+    batch_time: Duration,
+    limit: u32,
+    began: Instant,
+    took: Duration,
+}
+
+impl Pace {
+    fn new(batch_time: Duration) -> Self {
+        Self {
+            batch_time,
+            limit: FIRST_BATCH,
+            began: Instant::now(),
+            took: Duration::ZERO,
+        }
+    }
+
+    /// The size of the next batch; `None` where the run is to stop.
+    fn begin(&mut self, context: &RunContext) -> Option<u32> {
+        self.began = Instant::now();
+        (!context.stop.is_cancelled()).then_some(self.limit)
+    }
+
+    /// Whether a batch that looked at so many rows was the last one.
+    fn is_end(&mut self, seen: u64, deleted: u64) -> bool {
+        self.took = self.began.elapsed();
+        tracing::debug!(
+            seen,
+            deleted,
+            elapsed_us = u64::try_from(self.took.as_micros()).unwrap_or(u64::MAX),
+            "purged a batch"
+        );
+        seen < u64::from(self.limit)
+    }
+
+    /// As long a pause as the work: others get the database half of the time.
+    async fn pause(&mut self, context: &RunContext) {
+        self.limit = next_batch(self.limit, self.took, self.batch_time);
+        tokio::select! {
+            () = tokio::time::sleep(self.took.min(self.batch_time)) => {}
+            () = context.stop.cancelled() => {}
         }
     }
 }

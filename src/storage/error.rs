@@ -24,6 +24,9 @@ pub enum StorageError {
     /// The run for which this was to be written is no longer the caller's.
     #[error("the run was taken over or ended from outside")]
     Fenced,
+    /// A legal hold keeps what was to be deleted.
+    #[error("a legal hold keeps it")]
+    Held,
     /// The schema is not this binary's.
     #[error("the schema is not ready: {0}")]
     Migration(String),

@@ -431,7 +431,8 @@ pub trait EventRepository: Send + Sync + 'static {
         cutoff: DateTime<Utc>,
     ) -> StorageResult<u64>;
 
-    /// Deletes one event with its receipts and leaves an audit row. `None` where there is none.
+    /// Deletes one event with its receipts and leaves an audit row. `None` where there is none,
+    /// [`super::StorageError::Held`] where a hold keeps it.
     async fn delete(
         &self,
         tenant: &TenantId,
@@ -441,7 +442,7 @@ pub trait EventRepository: Send + Sync + 'static {
     ) -> StorageResult<Option<ContactId>>;
 
     /// Deletes up to `limit` events of a tenant that expired strictly before `cutoff`, first expired
-    /// first, with their receipts and pending deliveries. Answers how many; [`StorageError::Fenced`]
+    /// first, with their receipts and pending deliveries; none that a hold keeps. Answers how many; [`super::StorageError::Fenced`]
     /// where the run that `fence` names is no longer the caller's, and then nothing is deleted.
     async fn delete_expired_before(
         &self,

@@ -31,6 +31,11 @@ macro_rules! migrations {
                 "leases",
                 include_str!(concat!("../../migrations/", $engine, "/0004_leases.sql")),
             ),
+            (
+                5,
+                "retention",
+                include_str!(concat!("../../migrations/", $engine, "/0005_retention.sql")),
+            ),
         ]
     };
 }

@@ -1,8 +1,9 @@
-//! Storage: two engines behind three traits, chosen by the database's URL.
+//! Storage: two engines behind four traits, chosen by the database's URL.
 //!
 //! [`EventRepository`] keeps the events and what changes beside them, [`JobLedger`] the runs of the
-//! jobs, [`ExportStore`] the export queue. Each engine has its SQL in its own files, written the
-//! same wherever it can be; one conformance suite (`tests/storage.rs`) runs every case on both.
+//! jobs, [`ExportStore`] the export queue, [`RetentionStore`] holds and what was deleted. Each engine
+//! has its SQL in its own files, written the same wherever it can be; one conformance suite
+//! (`tests/storage.rs`) runs every case on both.
 
 mod error;
 mod events;
@@ -10,6 +11,7 @@ mod exports;
 mod ledger;
 mod migrations;
 pub mod postgres;
+mod retention;
 mod rows;
 pub mod sqlite;
 
@@ -30,9 +32,12 @@ pub use ledger::{
     Claim, Counts, Fence, Finish, Glance, JobAction, JobLedger, LEASE, Pause, Renewed, Run,
     RunState, SKIPPED, Settled, Trigger,
 };
+pub use retention::{
+    Batch, Deletion, DeletionEntry, DueCount, Hold, HoldScope, RetentionStore, SweepKey,
+};
 pub use rows::unreadable_rows;
 
-/// The open database, seen through its three traits.
+/// The open database, seen through its four traits.
 #[derive(Clone)]
 pub struct Storage {
     /// The events.
@@ -41,6 +46,8 @@ pub struct Storage {
     pub ledger: Arc<dyn JobLedger>,
     /// The export queue.
     pub exports: Arc<dyn ExportStore>,
+    /// What is deleted, and what is held.
+    pub retention: Arc<dyn RetentionStore>,
     /// Cancelled when an acknowledged write can no longer be promised (a failed fsync, a lost
     /// writer): the daemon must stop, and must not try the fsync again.
     pub failed: CancellationToken,
@@ -61,7 +68,8 @@ impl Storage {
         Self {
             events: shared.clone(),
             ledger: shared.clone(),
-            exports: shared,
+            exports: shared.clone(),
+            retention: shared,
             failed: storage.failed(),
             closer: Closer::Sqlite(storage),
         }
@@ -74,7 +82,8 @@ impl Storage {
         Self {
             events: shared.clone(),
             ledger: shared.clone(),
-            exports: shared,
+            exports: shared.clone(),
+            retention: shared,
             failed: CancellationToken::new(),
             closer: Closer::Postgres(storage),
         }

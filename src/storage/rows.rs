@@ -15,10 +15,11 @@ use uuid::Uuid;
 use super::events::{Key, KnownKey, Receipt, Slice, Undelivered};
 use super::exports::{Export, ExportDelivery, ExportRequest, OldFile};
 use super::ledger::{Counts, Fence, JobAction, Pause, Renewed, Run, RunState, SKIPPED, Settled};
+use super::retention::{DeletionEntry, Hold};
 use super::{StorageError, StorageResult};
 use crate::domain::{
-    ContactEvent, ContactId, Delivery, EventId, ExportId, IdError, JsonObject, RunId, TenantId,
-    Visibility,
+    ContactEvent, ContactId, Delivery, EventId, ExportId, HoldId, IdError, JsonObject, RunId,
+    TenantId, Visibility,
 };
 
 type Read<T> = Result<T, sqlx::Error>;
@@ -68,6 +69,16 @@ impl<R: Columns> Reader<'_, R> {
     fn parsed<T: FromStr<Err: fmt::Display>>(&self, column: &'static str) -> StorageResult<T> {
         self.text(column)?
             .parse()
+            .map_err(|error: T::Err| self.corrupt(column, error))
+    }
+
+    fn maybe_parsed<T: FromStr<Err: fmt::Display>>(
+        &self,
+        column: &'static str,
+    ) -> StorageResult<Option<T>> {
+        self.maybe_text(column)?
+            .map(|text| text.parse())
+            .transpose()
             .map_err(|error: T::Err| self.corrupt(column, error))
     }
 
@@ -350,6 +361,37 @@ pub(super) fn action<R: Columns>(row: &R) -> StorageResult<JobAction> {
         actor: row.text("actor")?,
         action: row.text("action")?,
         run_id: run.and_then(|id| RunId::new(id).ok()),
+    })
+}
+
+/// Reads a hold.
+pub(super) fn hold<R: Columns>(row: &R) -> StorageResult<Hold> {
+    let row = Reader {
+        row,
+        table: "holds",
+    };
+    Ok(Hold {
+        id: row.id("id", HoldId::new)?,
+        tenant_id: row.parsed("tenant_id")?,
+        contact_id: row.maybe_id("contact_id", ContactId::new)?,
+        category: row.maybe_parsed("category")?,
+        reason: row.text("reason")?,
+        placed_by: row.text("placed_by")?,
+        placed_at: row.time("placed_at")?,
+    })
+}
+
+/// Reads an entry of the ledger of deletions.
+pub(super) fn deletion<R: Columns>(row: &R) -> StorageResult<DeletionEntry> {
+    let row = Reader {
+        row,
+        table: "deletion_ledger",
+    };
+    Ok(DeletionEntry {
+        tenant_id: row.parsed("tenant_id")?,
+        rule: row.text("rule")?,
+        cause: row.parsed("cause")?,
+        deleted: row.count("deleted")?,
     })
 }
 

@@ -8,10 +8,11 @@ use sqlx::postgres::{PgArguments, PgConnection, PgRow};
 use sqlx::{PgExecutor, Postgres, Row};
 use uuid::Uuid;
 
+use super::retention::{is_held, is_tenant_held};
 use super::{PgStorage, set};
 use crate::domain::{
     AgentId, Audience, Category, ContactEvent, ContactId, EventId, EventType, SessionId, Subject,
-    TenantId,
+    Sweep, TenantId,
 };
 use crate::storage::events::{
     Backlog, Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, Idempotency, KnownKey,
@@ -19,6 +20,7 @@ use crate::storage::events::{
     Undelivered, View, audit_change, bounds, claims, first_key, judge, last_key, pending_after,
     unused_keys,
 };
+use crate::storage::retention::{RetentionStore as _, delete_some};
 use crate::storage::rows::{self, Columns};
 use crate::storage::{Fence, StorageError, StorageResult};
 
@@ -679,14 +681,8 @@ impl EventRepository for PgStorage {
         tenant: &TenantId,
         cutoff: DateTime<Utc>,
     ) -> StorageResult<u64> {
-        let count: i64 = sqlx::query_scalar(
-            "select count(*) from contact_events where tenant_id = $1 and expires_at < $2",
-        )
-        .bind(tenant.as_str())
-        .bind(cutoff)
-        .fetch_one(&self.worker)
-        .await?;
-        Ok(count.unsigned_abs())
+        let sweep = Sweep::expired_before(tenant, cutoff);
+        Ok(self.count_due(&sweep, u64::MAX).await?.due)
     }
 
     async fn delete(
@@ -697,14 +693,32 @@ impl EventRepository for PgStorage {
         now: DateTime<Utc>,
     ) -> StorageResult<Option<ContactId>> {
         let mut transaction = self.foreground.begin().await?;
-        let row = sqlx::query(
-            "delete from contact_events where tenant_id = $1 and id = $2 returning contact_id",
-        )
+        // Holds that are being placed come first: the next statement sees them.
+        sqlx::query("select version from retention_gate for share")
+            .execute(&mut *transaction)
+            .await?;
+        let row = sqlx::query(concat!(
+            "select w.contact_id, (",
+            is_tenant_held!(),
+            " or ",
+            is_held!(),
+            ") as held
+             from contact_events w where w.tenant_id = $1 and w.id = $2
+             for update of w"
+        ))
         .bind(tenant.as_str())
         .bind(id.uuid())
         .fetch_optional(&mut *transaction)
         .await?;
         let Some(row) = row else { return Ok(None) };
+        if row.flag("held")? {
+            return Err(StorageError::Held);
+        }
+        sqlx::query("delete from contact_events where tenant_id = $1 and id = $2")
+            .bind(tenant.as_str())
+            .bind(id.uuid())
+            .execute(&mut *transaction)
+            .await?;
         forget(&mut transaction, tenant, &[id.uuid()]).await?;
         audit(
             &mut transaction,
@@ -712,7 +726,7 @@ impl EventRepository for PgStorage {
             now,
             by,
             "event_deleted",
-            id,
+            id.uuid(),
             (None, None),
         )
         .await?;
@@ -729,47 +743,8 @@ impl EventRepository for PgStorage {
         limit: u32,
         fence: Option<Fence>,
     ) -> StorageResult<u64> {
-        // Skips what another daemon is deleting, or a request changing: a row whose expiry is being
-        // moved must not be deleted by the one that it had. One statement, and not a transaction of
-        // several: a daemon that is frozen between two of them would keep its locks.
-        let row = sqlx::query(
-            "with run as (
-                 select id from job_runs
-                 where id = $4 and fence = $5 and state = 'running'
-                 for share),
-             gone as (
-                 delete from contact_events
-                 where tenant_id = $1 and ctid = any(array(
-                     select ctid from contact_events
-                     where tenant_id = $1 and expires_at < $2 and ($4::uuid is null or exists (select from run))
-                     order by expires_at
-                     limit $3
-                     for update skip locked))
-                 returning id),
-             outbox as (
-                 delete from event_outbox
-                 where tenant_id = $1 and event_id = any(array(select id from gone))),
-             deliveries as (
-                 delete from event_deliveries
-                 where tenant_id = $1 and event_id = any(array(select id from gone))),
-             reads as (
-                 delete from event_reads
-                 where tenant_id = $1 and event_id = any(array(select id from gone)))
-             select array(select id from gone) as gone, ($4::uuid is null or exists (select from run)) as is_ours",
-        )
-        .bind(tenant.as_str())
-        .bind(cutoff)
-        .bind(i64::from(limit))
-        .bind(fence.map(|fence| fence.run.uuid()))
-        .bind(fence.map(|fence| i64::from(fence.number)))
-        .fetch_one(&self.worker)
-        .await?;
-        if !row.flag("is_ours")? {
-            return Err(StorageError::Fenced);
-        }
-        let gone: Vec<Uuid> = row.try_get("gone")?;
-        self.forget_late(tenant, &gone).await?;
-        Ok(gone.len() as u64)
+        let sweep = Sweep::expired_before(tenant, cutoff);
+        delete_some(self, &sweep, limit, fence).await
     }
 
     async fn find_repeat(
@@ -847,7 +822,7 @@ impl PgStorage {
     /// Deletes receipts that were added while the statement that deleted their events waited for
     /// locks, so that it did not see them. An event may have been recorded anew since: then what
     /// stands beside it is its own.
-    async fn forget_late(&self, tenant: &TenantId, gone: &[Uuid]) -> StorageResult<()> {
+    pub(super) async fn forget_late(&self, tenant: &TenantId, gone: &[Uuid]) -> StorageResult<()> {
         if gone.is_empty() {
             return Ok(());
         }
@@ -1147,7 +1122,7 @@ async fn update(
         now,
         by,
         "event_updated",
-        id,
+        id.uuid(),
         audit_change(&before, visibility, expires_at),
     )
     .await?;
@@ -1161,7 +1136,11 @@ async fn update(
 
 /// Deletes what stands beside events. One statement after the other: each sees the receipts that
 /// the one before had to wait for.
-async fn forget(db: &mut PgConnection, tenant: &TenantId, ids: &[Uuid]) -> StorageResult<()> {
+pub(super) async fn forget(
+    db: &mut PgConnection,
+    tenant: &TenantId,
+    ids: &[Uuid],
+) -> StorageResult<()> {
     for statement in [
         "delete from event_outbox where tenant_id = $1 and event_id = any($2)",
         "delete from event_deliveries where tenant_id = $1 and event_id = any($2)",
@@ -1176,13 +1155,13 @@ async fn forget(db: &mut PgConnection, tenant: &TenantId, ids: &[Uuid]) -> Stora
     Ok(())
 }
 
-async fn audit(
+pub(super) async fn audit(
     db: &mut PgConnection,
     tenant: &TenantId,
     now: DateTime<Utc>,
     by: &Subject,
     action: &'static str,
-    id: EventId,
+    id: Uuid,
     (before, after): (Option<String>, Option<String>),
 ) -> StorageResult<()> {
     sqlx::query(
@@ -1193,7 +1172,7 @@ async fn audit(
     .bind(now)
     .bind(by.as_str())
     .bind(action)
-    .bind(id.uuid())
+    .bind(id)
     .bind(before)
     .bind(after)
     .execute(db)

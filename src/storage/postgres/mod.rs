@@ -7,6 +7,7 @@
 mod events;
 mod exports;
 mod ledger;
+mod retention;
 
 use std::io;
 use std::net::IpAddr;

@@ -10,9 +10,11 @@ use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use uuid::Uuid;
 use uuid::fmt::Hyphenated;
 
+use super::retention::{is_held, is_tenant_held};
 use super::{SqliteStorage, at, changed, set, text};
 use crate::domain::{
-    Audience, Category, ContactEvent, ContactId, EventId, EventType, SessionId, Subject, TenantId,
+    Audience, Category, ContactEvent, ContactId, EventId, EventType, SessionId, Subject, Sweep,
+    TenantId,
 };
 use crate::storage::events::{
     Backlog, Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, Idempotency, KnownKey,
@@ -20,6 +22,7 @@ use crate::storage::events::{
     Undelivered, View, audit_change, bounds, claims, first_key, judge, last_key, pending_after,
     unused_keys,
 };
+use crate::storage::retention::{RetentionStore as _, delete_some};
 use crate::storage::rows::{self, Columns};
 use crate::storage::{Fence, StorageError, StorageResult};
 
@@ -662,14 +665,8 @@ impl EventRepository for SqliteStorage {
         tenant: &TenantId,
         cutoff: DateTime<Utc>,
     ) -> StorageResult<u64> {
-        let count: i64 = sqlx::query_scalar(
-            "select count(*) from contact_events where tenant_id = $1 and expires_at < $2",
-        )
-        .bind(tenant.as_str())
-        .bind(at(cutoff))
-        .fetch_one(&self.readers)
-        .await?;
-        Ok(count.unsigned_abs())
+        let sweep = Sweep::expired_before(tenant, cutoff);
+        Ok(self.count_due(&sweep, u64::MAX).await?.due)
     }
 
     async fn delete(
@@ -683,17 +680,41 @@ impl EventRepository for SqliteStorage {
         self.writer
             .write(move |db| {
                 Box::pin(async move {
-                    let row = sqlx::query(
-                        "delete from contact_events where tenant_id = $1 and id = $2 returning contact_id",
-                    )
+                    let row = sqlx::query(concat!(
+                        "select w.contact_id, (",
+                        is_tenant_held!(),
+                        " or ",
+                        is_held!(),
+                        ") as held
+                         from contact_events w where w.tenant_id = $1 and w.id = $2"
+                    ))
                     .bind(tenant.as_str())
                     .bind(text(id.uuid()))
                     .fetch_optional(&mut *db)
                     .await?;
                     let Some(row) = row else { return Ok(None) };
+                    if row.flag("held")? {
+                        return Err(StorageError::Held);
+                    }
+                    sqlx::query("delete from contact_events where tenant_id = $1 and id = $2")
+                        .bind(tenant.as_str())
+                        .bind(text(id.uuid()))
+                        .execute(&mut *db)
+                        .await?;
                     forget(db, &tenant, &set(&[id])).await?;
-                    audit(db, &tenant, now, &by, "event_deleted", id, (None, None)).await?;
-                    Ok(row.uuid("contact_id")?.and_then(|contact| ContactId::new(contact).ok()))
+                    audit(
+                        db,
+                        &tenant,
+                        now,
+                        &by,
+                        "event_deleted",
+                        id.uuid(),
+                        (None, None),
+                    )
+                    .await?;
+                    Ok(row
+                        .uuid("contact_id")?
+                        .and_then(|contact| ContactId::new(contact).ok()))
                 })
             })
             .await
@@ -706,29 +727,8 @@ impl EventRepository for SqliteStorage {
         limit: u32,
         fence: Option<Fence>,
     ) -> StorageResult<u64> {
-        let tenant = tenant.clone();
-        self.writer
-            .write(move |db| {
-                Box::pin(async move {
-                    check_fence(db, fence).await?;
-                    let ids: Vec<String> = sqlx::query_scalar(
-                        "delete from contact_events where seq in (
-                             select seq from contact_events
-                             where tenant_id = $1 and expires_at < $2
-                             order by expires_at
-                             limit $3)
-                         returning id",
-                    )
-                    .bind(tenant.as_str())
-                    .bind(at(cutoff))
-                    .bind(limit)
-                    .fetch_all(&mut *db)
-                    .await?;
-                    forget(db, &tenant, &set(&ids)).await?;
-                    Ok(ids.len() as u64)
-                })
-            })
-            .await
+        let sweep = Sweep::expired_before(tenant, cutoff);
+        delete_some(self, &sweep, limit, fence).await
     }
 
     async fn find_repeat(
@@ -794,7 +794,10 @@ impl EventRepository for SqliteStorage {
 
 /// Refuses to write for a run that is no longer the caller's. What follows in the transaction is safe:
 /// nobody else writes before its end.
-async fn check_fence(db: &mut SqliteConnection, fence: Option<Fence>) -> StorageResult<()> {
+pub(super) async fn check_fence(
+    db: &mut SqliteConnection,
+    fence: Option<Fence>,
+) -> StorageResult<()> {
     let Some(fence) = fence else { return Ok(()) };
     let is_ours: bool = sqlx::query_scalar(
         "select exists (select 1 from job_runs where id = $1 and fence = $2 and state = 'running')",
@@ -1091,7 +1094,7 @@ async fn update(
         now,
         by,
         "event_updated",
-        id,
+        id.uuid(),
         audit_change(&before, visibility, expires_at),
     )
     .await?;
@@ -1130,7 +1133,11 @@ async fn deliver(
 }
 
 /// Deletes what stands beside events: `ids` is a JSON array.
-async fn forget(db: &mut SqliteConnection, tenant: &TenantId, ids: &str) -> StorageResult<()> {
+pub(super) async fn forget(
+    db: &mut SqliteConnection,
+    tenant: &TenantId,
+    ids: &str,
+) -> StorageResult<()> {
     for statement in [
         "delete from event_outbox where tenant_id = $1 and event_id in (select value from json_each($2))",
         "delete from event_deliveries where tenant_id = $1 and event_id in (select value from json_each($2))",
@@ -1145,13 +1152,13 @@ async fn forget(db: &mut SqliteConnection, tenant: &TenantId, ids: &str) -> Stor
     Ok(())
 }
 
-async fn audit(
+pub(super) async fn audit(
     db: &mut SqliteConnection,
     tenant: &TenantId,
     now: DateTime<Utc>,
     by: &Subject,
     action: &'static str,
-    id: EventId,
+    id: Uuid,
     (before, after): (Option<String>, Option<String>),
 ) -> StorageResult<()> {
     sqlx::query(
@@ -1162,7 +1169,7 @@ async fn audit(
     .bind(at(now))
     .bind(by.as_str())
     .bind(action)
-    .bind(text(id.uuid()))
+    .bind(text(id))
     .bind(before)
     .bind(after)
     .execute(db)

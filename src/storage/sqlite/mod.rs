@@ -6,6 +6,7 @@
 mod events;
 mod exports;
 mod ledger;
+mod retention;
 mod writer;
 
 use std::path::{Path, PathBuf};
