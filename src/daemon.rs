@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::access::Access;
-use crate::api::{self, ExportsApi, Health, JobsApi, LiveApi, OpsApi, Parts};
+use crate::api::{self, ExportsApi, Health, JobsApi, LiveApi, OpsApi, Parts, RetentionApi};
 use crate::config::{Config, DatabaseUrl, JobDefinition, JobKind, Synchronous};
 use crate::domain::{Clock, Retention, RetentionRule, RunId};
 use crate::export::{self, Exporter};
@@ -225,8 +225,12 @@ impl Daemon {
             jobs: JobsApi {
                 jobs: definitions_seen,
                 ledger: storage.ledger.clone(),
-                clock,
+                clock: clock.clone(),
                 pulse,
+            },
+            retention: RetentionApi {
+                store: storage.retention.clone(),
+                clock,
             },
             live: LiveApi {
                 session: Arc::new(session),

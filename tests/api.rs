@@ -23,6 +23,8 @@ mod ask;
 mod exports;
 #[path = "api/health.rs"]
 mod health;
+#[path = "api/holds.rs"]
+mod holds;
 #[path = "api/input.rs"]
 mod input;
 #[path = "api/isolation.rs"]

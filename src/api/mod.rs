@@ -9,6 +9,7 @@ mod jobs;
 mod live;
 mod ops;
 mod problem;
+mod retention;
 mod server;
 
 use std::sync::Arc;
@@ -27,6 +28,7 @@ pub use jobs::{JobsApi, show_all as show_jobs};
 pub use live::LiveApi;
 pub use ops::{Health, OpsApi, metrics};
 pub use problem::Problem;
+pub use retention::{MAX_REASON, RetentionApi};
 pub use server::serve;
 
 use crate::access::Access;
@@ -47,6 +49,8 @@ pub struct Parts {
     pub exports: ExportsApi,
     /// Jobs.
     pub jobs: JobsApi,
+    /// Holds.
+    pub retention: RetentionApi,
     /// Sockets.
     pub live: LiveApi,
     /// Health.
@@ -59,6 +63,7 @@ pub fn router(parts: Parts) -> Router {
         .merge(events::routes(parts.timeline))
         .merge(exports::routes(parts.exports))
         .merge(jobs::routes(parts.jobs))
+        .merge(retention::routes(parts.retention))
         .merge(live::routes(parts.live));
     Router::new()
         .nest("/api/v1", api)

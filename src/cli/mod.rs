@@ -5,6 +5,7 @@ mod config;
 mod demo;
 mod events;
 mod export;
+mod holds;
 mod jobs;
 mod purge;
 mod run;
@@ -75,6 +76,9 @@ enum Command {
     Events(events::Command),
     /// Delete now what the purge job would delete.
     Purge(purge::Options),
+    /// Keep events from being deleted, such as for a lawsuit.
+    #[command(subcommand)]
+    Holds(holds::Command),
     /// Export a contact's timeline, to a file or by mail.
     Export(export::Options),
 }
@@ -91,6 +95,7 @@ pub async fn execute(cli: Cli) -> ExitCode {
         Command::Jobs(command) => jobs::run(&global, &command).await,
         Command::Events(command) => events::run(&global, &command).await,
         Command::Purge(options) => purge::run(&global, &options).await,
+        Command::Holds(command) => holds::run(&global, &command).await,
         Command::Export(options) => Box::pin(export::run(&global, &options)).await,
     };
     match done {

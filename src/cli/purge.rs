@@ -12,7 +12,7 @@ use tokio_util::task::TaskTracker;
 use super::{Done, Failure, Global, clock, load, open, print, say};
 use crate::config::{Config, JobKind};
 use crate::daemon;
-use crate::domain::{RunId, format_time};
+use crate::domain::{Cause, Retention, RunId, format_time};
 use crate::jobs::{Due, DuePart, Ending, Job as _, Report, RunContext};
 use crate::storage::{Run, RunState, Trigger};
 use crate::telemetry::chain;
@@ -137,55 +137,57 @@ fn as_json(due: &Due) -> Value {
     let by_tenant = due.parts.chunk_by(|a, b| a.sweep.tenant == b.sweep.tenant);
     let tenants: Vec<Value> = by_tenant
         .map(|parts| {
-            let rules: Vec<Value> = parts
-                .iter()
-                .map(|DuePart { sweep, count }| {
-                    json!({
-                        "rule": sweep.rule,
-                        "cause": sweep.cause,
-                        "before": format_time(sweep.before),
-                        "reason": sweep.reason(),
-                        "events": count.due,
-                        "held": count.held,
-                    })
-                })
-                .collect();
+            let events: u64 = parts.iter().map(|part| part.count.due).sum();
+            json!({ "tenant": parts[0].sweep.tenant, "events": events })
+        })
+        .collect();
+    let rules: Vec<Value> = (due.parts.iter())
+        .map(|DuePart { sweep, count }| {
             json!({
-                "tenant": parts[0].sweep.tenant,
-                "events": parts.iter().map(|part| part.count.due).sum::<u64>(),
-                "held": parts.iter().map(|part| part.count.held).sum::<u64>(),
-                "rules": rules,
+                "tenant": sweep.tenant,
+                "rule": sweep.rule,
+                "cause": sweep.cause,
+                "before": format_time(sweep.before),
+                "reason": sweep.reason(),
+                "events": count.due,
+                "held": count.held,
             })
         })
         .collect();
-    let cutoff = format_time(due.cutoff);
-    json!({ "would_delete": total, "held": held, "cutoff": cutoff, "tenants": tenants })
+    json!({
+        "would_delete": total,
+        "held": held,
+        "cutoff": format_time(due.cutoff),
+        "tenants": tenants,
+        "rules": rules,
+    })
 }
 
 fn as_text(due: &Due) -> String {
-    let mut lines = Vec::new();
-    let (mut total, mut held) = (0, 0);
-    for DuePart { sweep, count } in &due.parts {
-        total += count.due;
-        held += count.held;
-        let kept = if count.held > 0 {
-            format!("; {} more are held", count.held)
-        } else {
-            String::new()
-        };
-        lines.push(format!(
-            "{}: {} events by {}: {}{kept}",
-            sweep.tenant,
-            count.due,
-            sweep.rule,
-            sweep.reason()
-        ));
-    }
-    let kept = if held > 0 {
-        format!("; holds keep {held}")
+    let total: u64 = due.parts.iter().map(|part| part.count.due).sum();
+    let held: u64 = due.parts.iter().map(|part| part.count.held).sum();
+    let is_plain = held == 0
+        && (due.parts.iter())
+            .all(|part| part.sweep.rule == Retention::OWN && part.sweep.cause == Cause::Expired);
+    let mut lines: Vec<String> = (due.parts.iter())
+        .map(|DuePart { sweep, count }| {
+            let (tenant, events) = (&sweep.tenant, count.due);
+            if is_plain {
+                return format!("{tenant}: {events} events");
+            }
+            let kept = match count.held {
+                0 => String::new(),
+                held => format!("; holds keep {held} more"),
+            };
+            let (rule, reason) = (&sweep.rule, sweep.reason());
+            format!("{tenant}: {events} events by {rule}: {reason}{kept}")
+        })
+        .collect();
+    lines.push(if is_plain {
+        let cutoff = format_time(due.cutoff);
+        format!("would delete {total} events that expired before {cutoff}")
     } else {
-        String::new()
-    };
-    lines.push(format!("would delete {total} events{kept}"));
+        format!("would delete {total} events; holds keep {held}")
+    });
     lines.join("\n")
 }

@@ -13,7 +13,7 @@ use timelined::storage::{Counts, Run, RunState, Storage, Trigger};
 
 use super::ask::{PATIENCE, assert_calm, body, get, id_of, now, post_json, record, send};
 use crate::support::builders::{contact, session, subject};
-use crate::support::daemon::{KEY, TestDaemon, agent, eventually};
+use crate::support::daemon::{KEY, TestDaemon, agent, eventually, service};
 
 /// A route and what it answers.
 struct Route {
@@ -31,6 +31,8 @@ struct Route {
 const ROLES: [&str; 4] = ["client", "agent", "service", "operator"];
 /// Stands for an event that is made for the one request.
 const FRESH: &str = "FRESH";
+/// Stands for a hold that is placed for the one request.
+const NEW_HOLD: &str = "NEW_HOLD";
 
 impl Route {
     fn new(method: Method, pattern: &'static str, ids: &[&str], roles: [u16; 4]) -> Self {
@@ -70,6 +72,11 @@ impl Route {
             let fresh = record(daemon, contact(1), json!({})).await;
             path = path.replace(FRESH, id_of(&fresh));
         }
+        if path.contains(NEW_HOLD) {
+            let given = json!({ "contact_id": contact(99) });
+            let placed = post_json(daemon, "/api/v1/holds", &service("acme"), &given).await;
+            path = path.replace(NEW_HOLD, placed.json()["id"].as_str().unwrap());
+        }
         let request = daemon.http.request(self.method.clone(), daemon.url(&path));
         match &self.body {
             Some(body) => request.json(body),
@@ -88,6 +95,7 @@ impl Route {
 /// runs one is `waiting`, the other has `failed`.
 fn routes(event: &str, export: &str, waiting: &str, failed: &str) -> Vec<Route> {
     let (get, post) = (Method::GET, Method::POST);
+    let contact_of_no_other_route = contact(99);
     let contact = contact(1).to_string();
     let session = session(1).to_string();
     let route = Route::new;
@@ -169,6 +177,15 @@ fn routes(event: &str, export: &str, waiting: &str, failed: &str) -> Vec<Route> 
             "/api/v1/exports/{id}/file",
             &[export],
             [403, 200, 200, 403],
+        ),
+        route(post.clone(), "/api/v1/holds", &[], [403, 403, 201, 403])
+            .body(json!({ "contact_id": contact_of_no_other_route })),
+        route(get.clone(), "/api/v1/holds", &[], [403, 403, 200, 403]),
+        route(
+            Method::DELETE,
+            "/api/v1/holds/{id}",
+            &[NEW_HOLD],
+            [403, 403, 204, 403],
         ),
         route(get.clone(), "/api/v1/jobs", &[], [403, 403, 403, 200]),
         route(
