@@ -427,7 +427,8 @@ impl JobParts {
                 dry_run,
             } => {
                 let retention = retention(*older_than, rules);
-                Arc::new(purge(&self.storage, &self.clock, retention, *dry_run))
+                let name = &definition.name;
+                Arc::new(purge(&self.storage, &self.clock, name, retention, *dry_run))
             }
             JobKind::TimelineExport(settings) => Arc::new(ScheduleExports {
                 name: definition.name.clone(),
@@ -452,6 +453,7 @@ pub fn retention(older_than: Duration, rules: &[RetentionRule]) -> Retention {
 pub fn purge(
     storage: &Storage,
     clock: &Arc<dyn Clock>,
+    job: &str,
     retention: Retention,
     dry_run: bool,
 ) -> Purge {
@@ -461,7 +463,9 @@ pub fn purge(
         ledger: storage.ledger.clone(),
         clock: clock.clone(),
         retention,
+        job: job.to_owned(),
         dry_run,
+        confirmed_by: None,
         batch_time: if storage.is_exclusive() {
             SQLITE_BATCH_TIME
         } else {

@@ -12,7 +12,7 @@ use tokio_util::task::TaskTracker;
 use super::{Done, Failure, Global, clock, load, open, print, say};
 use crate::config::{Config, JobKind};
 use crate::daemon;
-use crate::domain::{Cause, Retention, RunId, format_time};
+use crate::domain::{Cause, Retention, RunId, Subject, format_time};
 use crate::jobs::{Due, DuePart, Ending, Job as _, Report, RunContext};
 use crate::storage::{Run, RunState, Trigger};
 use crate::telemetry::chain;
@@ -25,6 +25,9 @@ pub(super) struct Options {
     /// Say what would go, and delete nothing.
     #[arg(long)]
     dry_run: bool,
+    /// Delete it even if it is far more than usual.
+    #[arg(long, conflicts_with = "dry_run")]
+    confirm: bool,
 }
 
 /// The name and the period of the configured purge.
@@ -46,7 +49,10 @@ pub(super) async fn run(global: &Global, options: &Options) -> Done {
     let storage = open(&config).await?;
     let clock = clock();
     let now = clock.now();
-    let purge = daemon::purge(&storage, &clock, retention, options.dry_run);
+    let mut purge = daemon::purge(&storage, &clock, &job, retention, options.dry_run);
+    if options.confirm {
+        purge.confirmed_by = Some(Subject::new("command line").expect("a short text"));
+    }
     let done = if options.dry_run {
         let due = purge.due().await?;
         print(global, &as_json(&due), || as_text(&due))

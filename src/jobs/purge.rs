@@ -4,6 +4,7 @@
 //! follow their time. What a hold keeps is passed over.
 
 use std::collections::{BTreeSet, HashSet};
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,13 +12,18 @@ use async_trait::async_trait;
 use chrono::{DateTime, TimeDelta, Utc};
 
 use super::{Ending, Job, JobError, RunContext};
-use crate::domain::{Clock, Retention, Sweep, TenantId};
+use crate::domain::{Clock, Retention, Subject, Sweep, TenantId};
 use crate::storage::{
     Deletion, DueCount, EventRepository, JobLedger, RetentionStore, StorageResult,
 };
 
 /// Idempotency keys count for 24 hours.
 const IDEMPOTENCY_KEPT: TimeDelta = TimeDelta::hours(24);
+/// A run that would delete more than so many times the median of this many runs before, and more than
+/// so many rows, waits for an operator.
+const EXCESS_FACTOR: u64 = 10;
+const EXCESS_ROWS: u64 = 10_000;
+const COMPARED_RUNS: u32 = 10;
 const FIRST_BATCH: u32 = 100;
 const LARGEST_BATCH: u32 = 10_000;
 
@@ -33,8 +39,12 @@ pub struct Purge {
     pub clock: Arc<dyn Clock>,
     /// The rules.
     pub retention: Retention,
+    /// The job's name, under which its former runs are found.
+    pub job: String,
     /// Count only.
     pub dry_run: bool,
+    /// Who said that it may delete more than usual.
+    pub confirmed_by: Option<Subject>,
     /// How long a transaction should take: batches grow and shrink towards it.
     pub batch_time: Duration,
 }
@@ -49,21 +59,21 @@ impl Job for Purge {
             }
             return Ok(Ending::Finished);
         }
-        let now = self.now().await?;
-        let held: HashSet<TenantId> = self.store.held_tenants().await?.into_iter().collect();
-        for tenant in self.tenants().await? {
-            // Not even counted, so that holds cost nothing.
-            if held.contains(&tenant) {
-                context.report.add("held_tenants", 1);
-                continue;
-            }
-            for sweep in self.retention.sweeps(&tenant, now) {
-                if self.sweep(context, &sweep).await? == Ending::Unfinished {
+        let sweeps = self.sweeps(context).await?;
+        let Some(excess) = self.find_excess(&sweeps).await? else {
+            for sweep in &sweeps {
+                if self.sweep(context, sweep).await? == Ending::Unfinished {
                     return Ok(Ending::Unfinished);
                 }
             }
+            self.store.end_guard(&self.job).await?;
+            return Ok(self.forget_idempotency_keys(context).await?);
+        };
+        // The guard holds the events back, nothing else.
+        if self.forget_idempotency_keys(context).await? == Ending::Unfinished {
+            return Ok(Ending::Unfinished);
         }
-        Ok(self.forget_idempotency_keys(context).await?)
+        Err(JobError::Permanent(excess.to_string()))
     }
 }
 
@@ -122,6 +132,63 @@ impl Purge {
         Ok(Due { cutoff, parts })
     }
 
+    /// What this run goes through.
+    async fn sweeps(&self, context: &RunContext) -> StorageResult<Vec<Sweep>> {
+        let now = self.now().await?;
+        let held: HashSet<TenantId> = self.store.held_tenants().await?.into_iter().collect();
+        let mut sweeps = Vec::new();
+        for tenant in self.tenants().await? {
+            // Not even counted, so that holds cost nothing.
+            if held.contains(&tenant) {
+                context.report.add("held_tenants", 1);
+            } else {
+                sweeps.extend(self.retention.sweeps(&tenant, now));
+            }
+        }
+        Ok(sweeps)
+    }
+
+    /// Whether the run would delete far more than usual, and nobody confirmed that it may. A purge
+    /// without former runs has nothing to be compared with.
+    async fn find_excess(&self, sweeps: &[Sweep]) -> StorageResult<Option<Excess>> {
+        if let Some(by) = &self.confirmed_by {
+            let now = self.clock.now();
+            self.store.confirm(&self.job, by, now).await?;
+            return Ok(None);
+        }
+        let former = self.store.usual_deletions(&self.job, COMPARED_RUNS).await?;
+        let Some(usual) = median(former) else {
+            return Ok(None);
+        };
+        let most = usual.saturating_mul(EXCESS_FACTOR).max(EXCESS_ROWS);
+        let mut found = 0;
+        for sweep in sweeps {
+            found += self.count_beyond(sweep, most - found).await?;
+            if found > most {
+                if self.store.is_confirmed(&self.job).await? {
+                    return Ok(None);
+                }
+                let now = self.clock.now();
+                self.store.hold_back(&self.job, found, usual, now).await?;
+                return Ok(Some(Excess { most, usual }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// How much a sweep would take; where that is more than `most`, at least one more.
+    async fn count_beyond(&self, sweep: &Sweep, most: u64) -> StorageResult<u64> {
+        let mut limit = most.saturating_add(1);
+        loop {
+            let DueCount { due, held } = self.store.count_due(sweep, limit).await?;
+            // Held ones may have used the limit up.
+            if due > most || due + held < limit {
+                return Ok(due);
+            }
+            limit = limit.saturating_mul(2);
+        }
+    }
+
     /// Deletes what a sweep selects.
     async fn sweep(&self, context: &RunContext, sweep: &Sweep) -> StorageResult<Ending> {
         let mut pace = Pace::new(self.batch_time);
@@ -165,6 +232,29 @@ impl Purge {
         }
         Ok(Ending::Finished)
     }
+}
+
+/// Why a run waits for an operator.
+struct Excess {
+    most: u64,
+    usual: u64,
+}
+
+impl fmt::Display for Excess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { most, usual } = self;
+        write!(
+            f,
+            "would delete more than {most} events, while {usual} are usual, so it deleted nothing: \
+             look with `timelined purge --dry-run`, and let it go on with `timelined purge --confirm`"
+        )
+    }
+}
+
+/// The middle of some numbers, the lesser of two; `None` of none.
+fn median(mut numbers: Vec<u64>) -> Option<u64> {
+    numbers.sort_unstable();
+    numbers.get(numbers.len().checked_sub(1)? / 2).copied()
 }
 
 /// How large batches are, and how long the pauses between them.
@@ -228,6 +318,14 @@ fn next_batch(limit: u32, took: Duration, target: Duration) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_median_of_two_is_the_lesser() {
+        assert_eq!(median(vec![]), None);
+        assert_eq!(median(vec![7]), Some(7));
+        assert_eq!(median(vec![9, 2]), Some(2));
+        assert_eq!(median(vec![9, 0, 100]), Some(9));
+    }
 
     #[test]
     fn batches_follow_their_time() {

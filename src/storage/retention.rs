@@ -157,6 +157,27 @@ pub trait RetentionStore: Send + Sync + 'static {
 
     /// What a run deleted, by tenant, rule and cause.
     async fn deletions(&self, run: RunId) -> StorageResult<Vec<DeletionEntry>>;
+
+    /// How many events the last `limit` runs of a purge that went to their end deleted.
+    async fn usual_deletions(&self, job: &str, limit: u32) -> StorageResult<Vec<u64>>;
+
+    /// Whether an operator confirmed that a purge may delete more than usual; until it is at its end.
+    async fn is_confirmed(&self, job: &str) -> StorageResult<bool>;
+
+    /// Notes that a purge waits for an operator.
+    async fn hold_back(
+        &self,
+        job: &str,
+        would_delete: u64,
+        usual: u64,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()>;
+
+    /// Lets a purge delete more than usual; who said so is kept.
+    async fn confirm(&self, job: &str, by: &Subject, now: DateTime<Utc>) -> StorageResult<()>;
+
+    /// Ends the waiting of a purge, and its confirmation.
+    async fn end_guard(&self, job: &str) -> StorageResult<()>;
 }
 
 /// What a hold keeps, for the audit row.

@@ -381,6 +381,17 @@ pub(super) fn hold<R: Columns>(row: &R) -> StorageResult<Hold> {
     })
 }
 
+/// How many events a run deleted, by its counts.
+pub(super) fn deleted<R: Columns>(row: &R) -> StorageResult<u64> {
+    let row = Reader {
+        row,
+        table: "job_runs",
+    };
+    let counts: Counts =
+        serde_json::from_str(&row.text("counts")?).map_err(|error| row.corrupt("counts", error))?;
+    Ok(counts.get("deleted").copied().unwrap_or(0))
+}
+
 /// Reads an entry of the ledger of deletions.
 pub(super) fn deletion<R: Columns>(row: &R) -> StorageResult<DeletionEntry> {
     let row = Reader {

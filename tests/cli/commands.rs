@@ -479,6 +479,36 @@ on_both_engines! {
         assert_eq!(rules.len(), 3, "two causes by one run, and one by the next");
     }
 
+    async fn a_purge_of_far_more_than_usual_waits_until_it_is_confirmed(db) {
+        let settings = on(db).await;
+        let (now, long_ago) = (SystemClock.now(), SystemClock.now() - TimeDelta::days(30));
+        let due = |count: u64| {
+            let expired = move |_| event().expires_at(now - TimeDelta::days(20)).recorded_at(long_ago);
+            (0..count).map(expired)
+        };
+        // Nothing to compare with.
+        db.given(&acme(), due(1_001)).await;
+        assert_eq!(run(&settings, &["purge"]).done(), "deleted 1001 events\n");
+        // Much, but not ten times as much.
+        db.given(&acme(), due(10_010)).await;
+        assert_eq!(run(&settings, &["purge"]).done(), "deleted 10010 events\n");
+        // What is usual is the lesser of the two.
+        db.given(&acme(), due(10_011)).await;
+        let said = "would delete more than 10010 events, while 1001 are usual, so it deleted nothing: \
+                    look with `timelined purge --dry-run`, and let it go on with `timelined purge --confirm`";
+        for _ in 0..2 {
+            run(&settings, &["purge"]).failed_saying(1, said);
+        }
+        assert_eq!(db.count("contact_events").await, 10_011);
+        let runs = run(&settings, &["jobs", "runs", "purge-expired", "--json"]).json();
+        assert_eq!((&runs["runs"][0]["state"], &runs["runs"][0]["error"]), (&json!("failed"), &json!(said)));
+        assert_eq!(db.count("purge_guard where confirmed_at is null").await, 1);
+        run(&settings, &["purge", "--confirm", "--dry-run"]).failed_saying(2, "cannot be used with");
+        assert_eq!(run(&settings, &["purge", "--confirm"]).done(), "deleted 10011 events\n");
+        assert_eq!(db.count("purge_guard").await, 0, "the next one is asked for again");
+        assert_eq!(db.count("job_actions where action = 'purge_confirmed'").await, 1);
+    }
+
     async fn a_run_that_is_asked_for_is_taken_by_the_daemon(db) {
         let settings = on(db).await;
         let queued = run(&settings, &["jobs", "run", "purge-expired"]).done();

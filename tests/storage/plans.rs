@@ -128,6 +128,11 @@ async fn populate(db: &Database) {
             49,
         ),
         (
+            "deletion_ledger (tenant_id, run_id, rule, cause, deleted, first_at, last_at)",
+            format!("{tenant}, {event}, 'default', 'expired', 1, {at}, {at}"),
+            RUNS,
+        ),
+        (
             "exports (tenant_id, id, contact_id, format, audience, timezone, attach, requested_by, request_key,
                       created_at, through_seq, state, next_attempt_at, rendered_at, expires_at, file_name)",
             format!(
@@ -542,6 +547,22 @@ async fn check_plans(db: &Database) {
         .check("retention::ageing_tenants", 0, &[], "contact_events_age")
         .await;
     check_sweeps(&mut plans).await;
+    plans
+        .check(
+            "retention::usual_deletions",
+            0,
+            &[text("job1"), number(10)],
+            "job_runs_history",
+        )
+        .await;
+    plans
+        .check(
+            "retention::deletions",
+            0,
+            &[text(&first)],
+            "deletion_ledger_run",
+        )
+        .await;
     plans
         .check(
             "events::delete_idempotency_before",

@@ -391,6 +391,83 @@ impl RetentionStore for PgStorage {
         .await?;
         rows.iter().map(rows::deletion).collect()
     }
+
+    async fn usual_deletions(&self, job: &str, limit: u32) -> StorageResult<Vec<u64>> {
+        let rows = sqlx::query(
+            "select counts::text as counts from job_runs
+             where job = $1 and state = 'succeeded' and (counts ->> 'would_delete') is null
+             order by id desc nulls last
+             limit $2",
+        )
+        .bind(job)
+        .bind(i64::from(limit))
+        .fetch_all(&self.worker)
+        .await?;
+        rows.iter().map(rows::deleted).collect()
+    }
+
+    async fn is_confirmed(&self, job: &str) -> StorageResult<bool> {
+        let confirmed: Option<bool> =
+            sqlx::query_scalar("select confirmed_at is not null from purge_guard where job = $1")
+                .bind(job)
+                .fetch_optional(&self.worker)
+                .await?;
+        Ok(confirmed == Some(true))
+    }
+
+    async fn hold_back(
+        &self,
+        job: &str,
+        would_delete: u64,
+        usual: u64,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        sqlx::query(
+            "insert into purge_guard (job, found_at, would_delete, usual) values ($1, $2, $3, $4)
+             on conflict (job) do update
+             set would_delete = excluded.would_delete, usual = excluded.usual",
+        )
+        .bind(job)
+        .bind(now)
+        .bind(i64::try_from(would_delete).unwrap_or(i64::MAX))
+        .bind(i64::try_from(usual).unwrap_or(i64::MAX))
+        .execute(&self.worker)
+        .await?;
+        Ok(())
+    }
+
+    async fn confirm(&self, job: &str, by: &Subject, now: DateTime<Utc>) -> StorageResult<()> {
+        let mut transaction = self.worker.begin().await?;
+        sqlx::query(
+            "insert into purge_guard (job, found_at, would_delete, usual, confirmed_at, confirmed_by)
+             values ($1, $2, 0, 0, $2, $3)
+             on conflict (job) do update
+             set confirmed_at = excluded.confirmed_at, confirmed_by = excluded.confirmed_by",
+        )
+        .bind(job)
+        .bind(now)
+        .bind(by.as_str())
+        .execute(&mut *transaction)
+        .await?;
+        sqlx::query(
+            "insert into job_actions (at, actor, action, job) values ($1, $2, 'purge_confirmed', $3)",
+        )
+        .bind(now)
+        .bind(by.as_str())
+        .bind(job)
+        .execute(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        Ok(())
+    }
+
+    async fn end_guard(&self, job: &str) -> StorageResult<()> {
+        sqlx::query("delete from purge_guard where job = $1")
+            .bind(job)
+            .execute(&self.worker)
+            .await?;
+        Ok(())
+    }
 }
 
 fn batch(row: &PgRow, deleted: u64) -> StorageResult<Batch> {

@@ -278,6 +278,102 @@ impl RetentionStore for SqliteStorage {
         .await?;
         rows.iter().map(rows::deletion).collect()
     }
+
+    async fn usual_deletions(&self, job: &str, limit: u32) -> StorageResult<Vec<u64>> {
+        let rows = sqlx::query(
+            "select counts from job_runs
+             where job = $1 and state = 'succeeded' and (counts ->> 'would_delete') is null
+             order by id desc
+             limit $2",
+        )
+        .bind(job)
+        .bind(limit)
+        .fetch_all(&self.readers)
+        .await?;
+        rows.iter().map(rows::deleted).collect()
+    }
+
+    async fn is_confirmed(&self, job: &str) -> StorageResult<bool> {
+        let confirmed: Option<bool> =
+            sqlx::query_scalar("select confirmed_at is not null from purge_guard where job = $1")
+                .bind(job)
+                .fetch_optional(&self.readers)
+                .await?;
+        Ok(confirmed == Some(true))
+    }
+
+    async fn hold_back(
+        &self,
+        job: &str,
+        would_delete: u64,
+        usual: u64,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        let job = job.to_owned();
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    sqlx::query(
+                        "insert into purge_guard (job, found_at, would_delete, usual) values ($1, $2, $3, $4)
+             on conflict (job) do update
+             set would_delete = excluded.would_delete, usual = excluded.usual",
+                    )
+                    .bind(job)
+                    .bind(at(now))
+                    .bind(i64::try_from(would_delete).unwrap_or(i64::MAX))
+                    .bind(i64::try_from(usual).unwrap_or(i64::MAX))
+                    .execute(db)
+                    .await?;
+                    Ok(())
+                })
+            })
+            .await
+    }
+
+    async fn confirm(&self, job: &str, by: &Subject, now: DateTime<Utc>) -> StorageResult<()> {
+        let (job, by) = (job.to_owned(), by.clone());
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    sqlx::query(
+                        "insert into purge_guard (job, found_at, would_delete, usual, confirmed_at, confirmed_by)
+             values ($1, $2, 0, 0, $2, $3)
+             on conflict (job) do update
+             set confirmed_at = excluded.confirmed_at, confirmed_by = excluded.confirmed_by",
+                    )
+                    .bind(&job)
+                    .bind(at(now))
+                    .bind(by.as_str())
+                    .execute(&mut *db)
+                    .await?;
+                    sqlx::query(
+                        "insert into job_actions (at, actor, action, job) values ($1, $2, 'purge_confirmed', $3)",
+                    )
+                    .bind(at(now))
+                    .bind(by.as_str())
+                    .bind(&job)
+                    .execute(db)
+                    .await?;
+                    Ok(())
+                })
+            })
+            .await
+    }
+
+    async fn end_guard(&self, job: &str) -> StorageResult<()> {
+        let job = job.to_owned();
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    sqlx::query("delete from purge_guard where job = $1")
+                        .bind(job)
+                        .execute(db)
+                        .await?;
+                    Ok(())
+                })
+            })
+            .await
+    }
 }
 
 async fn delete_batch(
