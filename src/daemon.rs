@@ -424,11 +424,16 @@ impl JobParts {
             }
             JobKind::PurgeExpired {
                 older_than,
+                max_rate,
                 dry_run,
             } => {
                 let retention = retention(*older_than, rules);
                 let name = &definition.name;
-                Arc::new(purge(&self.storage, &self.clock, name, retention, *dry_run))
+                let purge = purge(&self.storage, &self.clock, name, retention, *dry_run);
+                Arc::new(Purge {
+                    max_rate: *max_rate,
+                    ..purge
+                })
             }
             JobKind::TimelineExport(settings) => Arc::new(ScheduleExports {
                 name: definition.name.clone(),
@@ -465,6 +470,7 @@ pub fn purge(
         retention,
         job: job.to_owned(),
         dry_run,
+        max_rate: 0,
         confirmed_by: None,
         batch_time: if storage.is_exclusive() {
             SQLITE_BATCH_TIME

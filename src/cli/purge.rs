@@ -30,26 +30,31 @@ pub(super) struct Options {
     confirm: bool,
 }
 
-/// The name and the period of the configured purge.
-fn configured(config: &Config) -> (String, Duration) {
+/// The name, the period and the rate of the configured purge.
+fn configured(config: &Config) -> (String, Duration, u32) {
     config
         .jobs
         .iter()
         .find_map(|job| match job.kind {
-            JobKind::PurgeExpired { older_than, .. } => Some((job.name.clone(), older_than)),
+            JobKind::PurgeExpired {
+                older_than,
+                max_rate,
+                ..
+            } => Some((job.name.clone(), older_than, max_rate)),
             _ => None,
         })
-        .unwrap_or_else(|| ("purge-expired".to_owned(), DEFAULT_PERIOD))
+        .unwrap_or_else(|| ("purge-expired".to_owned(), DEFAULT_PERIOD, 0))
 }
 
 pub(super) async fn run(global: &Global, options: &Options) -> Done {
     let config = load(global)?.config;
-    let (job, older_than) = configured(&config);
+    let (job, older_than, max_rate) = configured(&config);
     let retention = daemon::retention(older_than, &config.retention);
     let storage = open(&config).await?;
     let clock = clock();
     let now = clock.now();
     let mut purge = daemon::purge(&storage, &clock, &job, retention, options.dry_run);
+    purge.max_rate = max_rate;
     if options.confirm {
         purge.confirmed_by = Some(Subject::new("command line").expect("a short text"));
     }

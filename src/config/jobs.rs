@@ -112,6 +112,8 @@ pub enum JobKind {
     PurgeExpired {
         /// How long ago.
         older_than: Duration,
+        /// How many rows a second it deletes at most; 0 is as many as it can.
+        max_rate: u32,
         /// Count only, delete nothing.
         dry_run: bool,
     },
@@ -272,6 +274,7 @@ impl JobDefinition {
                     "7d",
                     &duration(Duration::ZERO..=LONGEST_PERIOD),
                 ),
+                max_rate: section.take("max_rate", 0, &number(0..=1_000_000)),
                 dry_run: section.take("dry_run", false, &flag()),
             }),
             Kind::TimelineExport => {

@@ -45,6 +45,8 @@ pub struct Purge {
     pub dry_run: bool,
     /// Who said that it may delete more than usual.
     pub confirmed_by: Option<Subject>,
+    /// How many rows a second it deletes at most; 0 is as many as it can.
+    pub max_rate: u32,
     /// How long a transaction should take: batches grow and shrink towards it.
     pub batch_time: Duration,
 }
@@ -67,7 +69,10 @@ impl Job for Purge {
                 }
             }
             self.store.end_guard(&self.job).await?;
-            return Ok(self.forget_idempotency_keys(context).await?);
+            if self.forget_idempotency_keys(context).await? == Ending::Unfinished {
+                return Ok(Ending::Unfinished);
+            }
+            return Ok(self.give_back_space(context).await?);
         };
         // The guard holds the events back, nothing else.
         if self.forget_idempotency_keys(context).await? == Ending::Unfinished {
@@ -191,7 +196,7 @@ impl Purge {
 
     /// Deletes what a sweep selects.
     async fn sweep(&self, context: &RunContext, sweep: &Sweep) -> StorageResult<Ending> {
-        let mut pace = Pace::new(self.batch_time);
+        let mut pace = Pace::new(self.batch_time, self.max_rate);
         let mut after = None;
         while let Some(limit) = pace.begin(context) {
             let deletion = Deletion {
@@ -203,18 +208,37 @@ impl Purge {
             after = batch.last;
             context.report.add("deleted", batch.deleted);
             context.report.add("held", batch.held);
-            if pace.is_end(batch.seen, batch.deleted) {
+            let is_end = pace.is_end(batch.seen, batch.deleted);
+            pace.pause(context, is_end).await;
+            if is_end {
                 return Ok(Ending::Finished);
             }
-            pace.pause(context).await;
         }
         Ok(Ending::Unfinished)
+    }
+
+    /// Lets the file of the database shrink, in small steps.
+    async fn give_back_space(&self, context: &RunContext) -> StorageResult<Ending> {
+        loop {
+            let began = Instant::now();
+            if context.stop.is_cancelled() {
+                // What was to be deleted is; the next run goes on with the file.
+                return Ok(Ending::Finished);
+            }
+            if !self.store.give_back_space().await? {
+                return Ok(Ending::Finished);
+            }
+            tokio::select! {
+                () = tokio::time::sleep(began.elapsed().min(self.batch_time)) => {}
+                () = context.stop.cancelled() => {}
+            }
+        }
     }
 
     async fn forget_idempotency_keys(&self, context: &RunContext) -> StorageResult<Ending> {
         let cutoff = self.now().await? - IDEMPOTENCY_KEPT;
         for tenant in self.events.idempotent_tenants().await? {
-            let mut pace = Pace::new(self.batch_time);
+            let mut pace = Pace::new(self.batch_time, self.max_rate);
             loop {
                 let Some(limit) = pace.begin(context) else {
                     return Ok(Ending::Unfinished);
@@ -224,10 +248,11 @@ impl Purge {
                     .delete_idempotency_before(&tenant, cutoff, limit, context.fence)
                     .await?;
                 context.report.add("idempotency_keys", forgotten);
-                if pace.is_end(forgotten, forgotten) {
+                let is_end = pace.is_end(forgotten, forgotten);
+                pace.pause(context, is_end).await;
+                if is_end {
                     break;
                 }
-                pace.pause(context).await;
             }
         }
         Ok(Ending::Finished)
@@ -260,44 +285,73 @@ fn median(mut numbers: Vec<u64>) -> Option<u64> {
 /// How large batches are, and how long the pauses between them.
 struct Pace {
     batch_time: Duration,
+    max_rate: u32,
     limit: u32,
     began: Instant,
     took: Duration,
+    deleted: u64,
 }
 
 impl Pace {
-    fn new(batch_time: Duration) -> Self {
+    fn new(batch_time: Duration, max_rate: u32) -> Self {
         Self {
             batch_time,
+            max_rate,
             limit: FIRST_BATCH,
             began: Instant::now(),
             took: Duration::ZERO,
+            deleted: 0,
         }
     }
 
     /// The size of the next batch; `None` where the run is to stop.
     fn begin(&mut self, context: &RunContext) -> Option<u32> {
         self.began = Instant::now();
+        if self.max_rate > 0 {
+            // No second takes more than its rows.
+            self.limit = self.limit.min(self.max_rate);
+        }
         (!context.stop.is_cancelled()).then_some(self.limit)
     }
 
     /// Whether a batch that looked at so many rows was the last one.
     fn is_end(&mut self, seen: u64, deleted: u64) -> bool {
         self.took = self.began.elapsed();
+        self.deleted = deleted;
         tracing::debug!(
             seen,
             deleted,
             elapsed_us = u64::try_from(self.took.as_micros()).unwrap_or(u64::MAX),
             "purged a batch"
         );
-        seen < u64::from(self.limit)
+        let is_end = seen < u64::from(self.limit);
+        self.limit = next_batch(self.limit, self.took, self.batch_time);
+        is_end
     }
 
-    /// As long a pause as the work: others get the database half of the time.
-    async fn pause(&mut self, context: &RunContext) {
-        self.limit = next_batch(self.limit, self.took, self.batch_time);
+    /// How long others get the database after a batch: as long as it took, and as the rate asks for.
+    /// What follows the last batch of a sweep is another one, or nothing.
+    fn break_after(&self, is_end: bool) -> Duration {
+        let fair = if is_end {
+            Duration::ZERO
+        } else {
+            self.took.min(self.batch_time)
+        };
+        if self.max_rate == 0 {
+            return fair;
+        }
+        #[expect(clippy::cast_precision_loss, reason = "a batch has few rows")]
+        let slow = Duration::from_secs_f64(self.deleted as f64 / f64::from(self.max_rate));
+        fair.max(slow.saturating_sub(self.took))
+    }
+
+    async fn pause(&self, context: &RunContext, is_end: bool) {
+        let pause = self.break_after(is_end);
+        if pause.is_zero() {
+            return;
+        }
         tokio::select! {
-            () = tokio::time::sleep(self.took.min(self.batch_time)) => {}
+            () = tokio::time::sleep(pause) => {}
             () = context.stop.cancelled() => {}
         }
     }
@@ -318,6 +372,22 @@ fn next_batch(limit: u32, took: Duration, target: Duration) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rate_makes_pauses_longer_never_shorter() {
+        let pace = |max_rate, deleted| Pace {
+            took: Duration::from_millis(10),
+            deleted,
+            ..Pace::new(Duration::from_millis(50), max_rate)
+        };
+        let millis = Duration::from_millis;
+        assert_eq!(pace(0, 1_000).break_after(false), millis(10));
+        assert_eq!(pace(0, 1_000).break_after(true), Duration::ZERO);
+        assert_eq!(pace(1_000, 100).break_after(false), millis(90));
+        assert_eq!(pace(1_000, 100).break_after(true), millis(90));
+        assert_eq!(pace(1_000, 1).break_after(false), millis(10));
+        assert_eq!(pace(1_000, 0).break_after(true), Duration::ZERO);
+    }
 
     #[test]
     fn the_median_of_two_is_the_lesser() {

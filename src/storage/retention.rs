@@ -176,6 +176,10 @@ pub trait RetentionStore: Send + Sync + 'static {
     /// Lets a purge delete more than usual; who said so is kept.
     async fn confirm(&self, job: &str, by: &Subject, now: DateTime<Utc>) -> StorageResult<()>;
 
+    /// Gives a few pages that deletions left back to the file system. Answers whether there are more;
+    /// never, where the engine sees to that itself.
+    async fn give_back_space(&self) -> StorageResult<bool>;
+
     /// Ends the waiting of a purge, and its confirmation.
     async fn end_guard(&self, job: &str) -> StorageResult<()>;
 }

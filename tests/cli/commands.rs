@@ -509,6 +509,18 @@ on_both_engines! {
         assert_eq!(db.count("job_actions where action = 'purge_confirmed'").await, 1);
     }
 
+    async fn a_purge_goes_no_faster_than_its_rate(db) {
+        let settings = on(db).await.config(
+            "[[jobs]]\nname = \"p\"\nkind = \"purge_expired\"\nevery = \"1d\"\nmax_rate = 50\n",
+        );
+        let (now, long_ago) = (SystemClock.now(), SystemClock.now() - TimeDelta::days(30));
+        let expired = |_| event().expires_at(now - TimeDelta::days(20)).recorded_at(long_ago);
+        db.given(&acme(), (0..60).map(expired)).await;
+        let began = std::time::Instant::now();
+        assert_eq!(run(&settings, &["purge"]).done(), "deleted 60 events\n");
+        assert!(began.elapsed() >= Duration::from_millis(1_200), "{:?}", began.elapsed());
+    }
+
     async fn a_run_that_is_asked_for_is_taken_by_the_daemon(db) {
         let settings = on(db).await;
         let queued = run(&settings, &["jobs", "run", "purge-expired"]).done();

@@ -115,6 +115,7 @@ fn definition(name: &str) -> JobDefinition {
         },
         kind: JobKind::PurgeExpired {
             older_than: Duration::from_secs(1),
+            max_rate: 0,
             dry_run: false,
         },
     }

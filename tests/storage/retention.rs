@@ -12,7 +12,7 @@ use timelined::storage::{
 };
 
 use crate::support::builders::*;
-use crate::support::database::Database;
+use crate::support::database::{Database, Engine};
 
 const RUN: fn() -> RunId = || "0190b5f0-7c1e-7d3a-8f00-00000000000a".parse().unwrap();
 
@@ -170,6 +170,33 @@ on_both_engines! {
         // Nothing was deleted, so there is nothing to say.
         through(&*db.retention, &Sweep::expired_before(&globex(), t0() + hours(1)), 3).await;
         assert_eq!(db.count("deletion_ledger").await, 1);
+    }
+
+    async fn the_file_shrinks_when_its_events_are_gone(db) {
+        let text = "x".repeat(10_000);
+        for hundred in 0..10 {
+            let given = (1..=100).map(|n| {
+                event().id(id(hundred * 100 + n)).description(&text).expires_at(t0() + minutes(1)).recorded()
+            });
+            db.given(&acme(), given).await;
+        }
+        through(&*db.retention, &Sweep::expired_before(&acme(), t0() + hours(1)), 500).await;
+        if db.engine == Engine::Postgres {
+            assert!(!db.retention.give_back_space().await.unwrap());
+            return;
+        }
+        let (pages, free) = (db.int("pragma page_count").await, db.int("pragma freelist_count").await);
+        assert!(free > 2_000, "{free} of {pages} pages are free");
+        let mut steps = 0;
+        while db.retention.give_back_space().await.unwrap() {
+            steps += 1;
+        }
+        assert!(steps > 20, "in small steps, not in {steps}");
+        let left = db.int("pragma freelist_count").await;
+        assert!((190..=256).contains(&left), "{left} pages are spare");
+        // Pages that only mapped others go with them.
+        let all = db.int("pragma page_count").await;
+        assert!(all <= pages - free + left && all > left, "{all} of {pages} pages");
     }
 
     async fn the_purge_deletes_exactly_what_the_rules_say_at_every_batch_size(db) {

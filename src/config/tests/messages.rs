@@ -324,10 +324,11 @@ fn wrong_jobs_are_told_by_their_names() {
         (job("retry = { first = \"10m\" }"), "5:9: jobs.j.retry.max: 5m is less than first, 10m; at least as long as first"),
         (job("retry = { frist = \"1s\" }"), "5:11: jobs.j.retry.frist: unknown key; jobs.j.retry takes attempts, first, max; did you mean \"first\"?"),
         (job("older_than = 7"), "5:14: jobs.j.older_than: 7 has no unit; a duration from 0s to 36500d, such as \"90s\" or \"1h 30m\"; did you mean \"7s\"?"),
+        (job("max_rate = -1"), "5:12: jobs.j.max_rate: -1 is too small; a whole number from 0 to 1000000"),
         (job("dry_run = \"no\""), "5:11: jobs.j.dry_run: \"no\" is text; true or false, without quotes"),
         (
             job("batch = 5"),
-            "5:1: jobs.j.batch: unknown key; jobs.j takes cron, dry_run, enabled, every, kind, name, older_than, overlap, retry, timeout, timezone",
+            "5:1: jobs.j.batch: unknown key; jobs.j takes cron, dry_run, enabled, every, kind, max_rate, name, older_than, overlap, retry, timeout, timezone",
         ),
         (
             "[[jobs]]\nname = \"j\"\nkind = \"realtime_delivery\"\nevery = \"1s\"\nbatch = 0".to_owned(),

@@ -158,6 +158,7 @@ fn without_a_file_the_defaults_stand() {
                     retry: RetryPolicy::default(),
                     kind: JobKind::PurgeExpired {
                         older_than: Duration::from_hours(7 * 24),
+                        max_rate: 0,
                         dry_run: false,
                     },
                 },
@@ -590,6 +591,7 @@ fn jobs_take_all_their_keys() {
         overlap = "queue"
         retry = { attempts = 1, first = "10ms", max = "10ms" }
         older_than = "0s"
+        max_rate = 500
         dry_run = true
 
         [[jobs]]
@@ -622,6 +624,7 @@ fn jobs_take_all_their_keys() {
         purge.kind,
         JobKind::PurgeExpired {
             older_than: Duration::ZERO,
+            max_rate: 500,
             dry_run: true
         }
     );
