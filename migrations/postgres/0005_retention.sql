@@ -67,16 +67,3 @@ create table purge_guard (
     confirmed_at timestamptz,
     confirmed_by text
 );
-
--- Contacts of which everything was erased: who asked, when, and how much it was.
-create table erasures (
-    tenant_id    text        not null,
-    id           uuid        not null,
-    contact_id   uuid        not null,
-    requested_by text        not null,
-    erased_at    timestamptz not null,
-    -- numbers by name, such as {"events": 3}
-    counts       json        not null,
-    primary key (tenant_id, id)
-);
-create index erasures_contact on erasures (tenant_id, contact_id);

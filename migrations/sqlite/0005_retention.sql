@@ -54,16 +54,3 @@ create table purge_guard (
     confirmed_at integer,
     confirmed_by text
 ) strict;
-
--- Contacts of which everything was erased: who asked, when, and how much it was.
-create table erasures (
-    tenant_id    text        not null,
-    id           text        not null,
-    contact_id   text        not null,
-    requested_by text        not null,
-    erased_at    integer     not null,
-    -- numbers by name, such as {"events": 3}
-    counts       text        not null,
-    primary key (tenant_id, id)
-) strict, without rowid;
-create index erasures_contact on erasures (tenant_id, contact_id);

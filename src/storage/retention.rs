@@ -36,7 +36,7 @@ pub struct Batch {
     pub deleted: u64,
     /// How many a hold kept. Those of a tenant that is held as a whole are not looked at.
     pub held: u64,
-    /// Behind which the next step begins.
+    /// Behind which the next step begins; `None` where that is at the beginning again.
     pub last: Option<SweepKey>,
 }
 
@@ -211,7 +211,7 @@ pub(super) async fn delete_some(
     loop {
         let batch = store.sweep(sweep, after, left, deletion).await?;
         left = left.saturating_sub(u32::try_from(batch.deleted).unwrap_or(u32::MAX));
-        if left == 0 || batch.seen == 0 || batch.last.is_none() {
+        if left == 0 || batch.seen == 0 {
             return Ok(u64::from(limit - left));
         }
         after = batch.last;
