@@ -17,8 +17,9 @@
 //! 2. **Deliver.** Woken by a commit or by the second, [`live::Pump`] reads the outbox's tail and
 //!    hands what is watched here to the [`live::Hub`]; each [`live::Session`] sends it;
 //!    acknowledgements come back to the [`live::Acknowledger`] and end as set-wise writes.
-//! 3. **Purge.** A claimed run of [`jobs::Purge`] asks [`domain::Retention::cutoff`], deletes in
-//!    batches whose size follows their time, and leaves its counts in the run's row.
+//! 3. **Purge.** A claimed run of [`jobs::Purge`] asks [`domain::Retention::sweeps`] what is due of
+//!    each tenant, deletes in batches whose size follows their time, passes over what a hold keeps, and
+//!    leaves its counts in the run's row, and per tenant and rule in the ledger of deletions.
 //! 4. **Export.** HTTP, the command line and schedules only add a row; [`export::Exporter`] claims
 //!    it, streams the timeline by keyset into a file, and mails that with [`mail::Mailer`].
 
