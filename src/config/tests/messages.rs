@@ -328,7 +328,7 @@ fn wrong_jobs_are_told_by_their_names() {
         (job("dry_run = \"no\""), "5:11: jobs.j.dry_run: \"no\" is text; true or false, without quotes"),
         (
             job("batch = 5"),
-            "5:1: jobs.j.batch: unknown key; jobs.j takes cron, dry_run, enabled, every, kind, max_rate, name, older_than, overlap, retry, timeout, timezone",
+            "5:1: jobs.j.batch: unknown key; jobs.j takes catch_up, catch_up_within, cron, dry_run, enabled, every, kind, max_rate, name, older_than, overlap, retry, timeout, timezone",
         ),
         (
             "[[jobs]]\nname = \"j\"\nkind = \"realtime_delivery\"\nevery = \"1s\"\nbatch = 0".to_owned(),

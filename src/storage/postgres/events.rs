@@ -589,9 +589,10 @@ impl EventRepository for PgStorage {
                  insert into event_reads (tenant_id, event_id, reader, read_at)
                  select $1, id, $4, $7 from shown where read_at is null order by id
                  on conflict (tenant_id, event_id, reader) do update set read_at = event_reads.read_at
-                 returning event_id, read_at)
+                 -- a row that was there already was locked, which leaves its mark
+                 returning event_id, read_at, xmax = 0 as is_new)
              select s.id as event_id, s.contact_id, coalesce(s.read_at, n.read_at) as read_at,
-                    s.read_at is null as is_new
+                    coalesce(n.is_new, false) as is_new
              from shown s
              left join new n on n.event_id = s.id",
         )
