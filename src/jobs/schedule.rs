@@ -165,6 +165,18 @@ impl Schedule {
         }
     }
 
+    /// What it means, in words, such as `At 03:30`.
+    #[must_use]
+    pub fn words(&self) -> String {
+        match self {
+            Self::Every(_) => self.to_string(),
+            Self::Cron { expression, .. } => {
+                let words = expression.cron.describe();
+                words.trim_end_matches('.').to_owned()
+            }
+        }
+    }
+
     /// The zone in which the schedule thinks; intervals are the same in every zone and say UTC.
     #[must_use]
     pub fn timezone(&self) -> Tz {
@@ -432,6 +444,22 @@ mod tests {
         .take_while(|at| *at <= until)
         .map(|at| at.to_rfc3339_opts(chrono::SecondsFormat::Secs, true))
         .collect()
+    }
+
+    #[test]
+    fn a_schedule_is_told_in_words() {
+        for (text, words) in [
+            ("0 30 3 * * *", "At 03:30"),
+            (
+                "0 */15 9-17 * * MON-FRI",
+                "At every 15 minutes, of hour 9-17, on Monday, Tuesday, Wednesday, Thursday, and Friday",
+            ),
+            ("0 0 6 L * *", "At 06:00, on the last day of the month"),
+        ] {
+            assert_eq!(cron(text, "Europe/Lisbon").words(), words);
+        }
+        let every = Schedule::every(Duration::from_secs(90)).unwrap();
+        assert_eq!(every.words(), "every 1m 30s");
     }
 
     #[test]

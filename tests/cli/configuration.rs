@@ -132,7 +132,8 @@ fn a_configuration_that_is_named_must_be_there() {
 fn the_check_says_what_it_has_read() {
     let settings = Settings::new().config("");
     let said = run(&settings, &["config", "check"]).done();
-    assert!(said.ends_with("timelined.toml: no errors\n"), "{said}");
+    let first = said.lines().next().unwrap();
+    assert!(first.ends_with("timelined.toml: no errors"), "{said}");
     let json = run(&settings, &["config", "check", "--json"]).json();
     assert_eq!(json["valid"], true);
 }
@@ -146,7 +147,72 @@ fn the_file_of_the_working_directory_is_taken_and_the_one_in_etc_only_without_it
     std::fs::create_dir(home.join("config")).unwrap();
     std::fs::write(home.join("config/timelined.toml"), "[log]\n").unwrap();
     let said = run(&settings, &["config", "check"]).done();
-    assert_eq!(said, "config/timelined.toml: no errors\n");
+    assert!(
+        said.starts_with("config/timelined.toml: no errors\n"),
+        "{said}"
+    );
+}
+
+#[test]
+fn the_check_tells_the_next_five_times_of_each_job_and_what_its_schedule_means() {
+    let settings = Settings::new().config(
+        "[[jobs]]\nname = \"poll\"\nkind = \"realtime_delivery\"\nevery = \"250ms\"\n\
+         [[jobs]]\nname = \"nightly\"\nkind = \"purge_expired\"\ncron = \"0 30 3 * * *\"\ntimezone = \"Asia/Kolkata\"\n\
+         [[jobs]]\nname = \"off\"\nkind = \"purge_expired\"\ncron = \"0 0 12 * * *\"\nenabled = false\n",
+    );
+    let said = run(&settings, &["config", "check"]).done();
+    let blocks: Vec<Vec<&str>> = said
+        .split("\n\n")
+        .map(|block| block.lines().collect())
+        .collect();
+    let [_, poll, nightly, off] = &blocks[..] else {
+        panic!("{said}");
+    };
+    assert_eq!(poll[0], "poll: every 250ms");
+    assert_eq!(poll.len(), 6, "{said}");
+    // In UTC there is no second way to write it.
+    assert!(poll[1..].iter().all(|line| line.ends_with('Z')), "{said}");
+    assert_eq!(
+        nightly[0],
+        "nightly: At 03:30, in Asia/Kolkata (0 30 3 * * *)"
+    );
+    assert_eq!(nightly.len(), 6, "{said}");
+    for line in &nightly[1..] {
+        let (local, utc) = line.trim().split_once("  ").unwrap();
+        assert!(local.ends_with("T03:30:00+05:30"), "{said}");
+        assert!(utc.ends_with("T22:00:00Z"), "{said}");
+    }
+    assert_eq!(
+        off[..],
+        [
+            "off: At 12:00, in UTC (0 0 12 * * *)",
+            "  disabled: it runs only when asked to"
+        ]
+    );
+
+    let json = run(&settings, &["config", "check", "--json"]).json();
+    let jobs = json["jobs"].as_array().unwrap();
+    assert_eq!(jobs[1]["words"], "At 03:30");
+    assert_eq!(jobs[1]["timezone"], "Asia/Kolkata");
+    let next = jobs[1]["next"].as_array().unwrap();
+    let times: Vec<_> = next
+        .iter()
+        .map(|time| {
+            let read = |key: &str| {
+                chrono::DateTime::parse_from_rfc3339(time[key].as_str().unwrap()).unwrap()
+            };
+            assert_eq!(read("local"), read("utc"));
+            read("utc")
+        })
+        .collect();
+    assert_eq!(times.len(), 5);
+    assert!(
+        times
+            .windows(2)
+            .all(|pair| pair[1] - pair[0] == chrono::TimeDelta::days(1)),
+        "{times:?}"
+    );
+    assert_eq!(jobs[2]["next"], serde_json::json!([]));
 }
 
 #[test]
