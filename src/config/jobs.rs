@@ -1,8 +1,10 @@
 //! `[[jobs]]`: what runs when, and what each kind of job wants to know.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use chrono_tz::Tz;
 use lettre::Address;
 
@@ -180,10 +182,18 @@ impl JobKind {
     }
 }
 
+/// What stands under `[[jobs]]`.
+pub(super) struct Jobs {
+    pub(super) definitions: Vec<JobDefinition>,
+    /// By the name of a job, how old its last success may become.
+    pub(super) expect_within: BTreeMap<String, Duration>,
+}
+
 /// Reads all jobs; those with errors, which have been noted, are left out.
-pub(super) fn read(root: &mut Section<'_>) -> Vec<JobDefinition> {
+pub(super) fn read(root: &mut Section<'_>) -> Jobs {
     let mut names: Vec<String> = Vec::new();
     let mut delivery: Option<String> = None;
+    let mut expect_within = BTreeMap::new();
     let jobs = root.each("jobs", |section| {
         let name = section.take_required("name", &job_name());
         if let Some(name) = &name {
@@ -195,7 +205,12 @@ pub(super) fn read(root: &mut Section<'_>) -> Vec<JobDefinition> {
             }
             names.push(name.clone());
         }
+        let expected = ExpectWithin::read(section);
         let job = JobDefinition::read(section, name);
+        if let (Some(job), Some(expected)) = (&job, expected) {
+            expected.check(section, &job.schedule);
+            expect_within.insert(job.name.clone(), expected.0);
+        }
         if let Some(job) = job
             .as_ref()
             .filter(|job| job.enabled && job.kind.is_delivery())
@@ -214,7 +229,10 @@ pub(super) fn read(root: &mut Section<'_>) -> Vec<JobDefinition> {
         }
         job
     });
-    jobs.into_iter().flatten().collect()
+    Jobs {
+        definitions: jobs.into_iter().flatten().collect(),
+        expect_within,
+    }
 }
 
 fn job_name() -> Rule<String> {
@@ -293,6 +311,62 @@ impl JobDefinition {
             kind: kind?,
         })
     }
+}
+
+/// How old the last success of a job may become.
+#[derive(Debug, Clone, Copy)]
+struct ExpectWithin(Duration);
+
+impl ExpectWithin {
+    const KEY: &'static str = "expect_within";
+    const LONGEST: Duration = Duration::from_hours(2 * 366 * 24);
+
+    fn read(section: &mut Section<'_>) -> Option<Self> {
+        let bounds = Duration::from_secs(1)..=Self::LONGEST;
+        section
+            .take_optional(Self::KEY, &duration(bounds))
+            .map(Self)
+    }
+
+    /// What is not longer than the time between two runs would tell of silence before each of them.
+    fn check(self, section: &mut Section<'_>, schedule: &Schedule) {
+        let longest = longest_wait(schedule);
+        if self.0 > longest {
+            return;
+        }
+        let problem = Problem::new(format!(
+            "{} is not longer than {}, which can pass between two of its times",
+            short(self.0),
+            short(longest)
+        ));
+        // Twice as long lets one time fail.
+        let enough = longest.saturating_mul(2).min(Self::LONGEST);
+        let enough = Some(enough).filter(|enough| *enough > longest);
+        let problem = problem.allowed("a duration that is longer");
+        section.fail(Self::KEY, problem.suggest(enough.map(short)));
+    }
+}
+
+/// The longest time between two runs, as far as some hundred of them tell. From a fixed instant, since a configuration
+/// must not be right today and wrong tomorrow.
+fn longest_wait(schedule: &Schedule) -> Duration {
+    const LOOKED_AT: usize = 500;
+    if let Schedule::Every(interval) = schedule {
+        return *interval;
+    }
+    let next = |after| schedule.next_after(after);
+    let start = DateTime::<Utc>::from_timestamp_secs(1_767_225_600).unwrap_or_default(); // 2026-01-01
+    let mut longest = Duration::ZERO;
+    let mut before = next(start);
+    for _ in 0..LOOKED_AT {
+        let Some(at) = before else { break };
+        before = next(at);
+        let wait = before.map_or(Duration::ZERO, |next| {
+            (next - at).to_std().unwrap_or_default()
+        });
+        longest = longest.max(wait);
+    }
+    longest
 }
 
 impl JobKind {

@@ -4,6 +4,7 @@
 //! paths are absolute, secrets are read, schedules are parsed. It asks neither the real environment nor the clock:
 //! both come with the [`Request`], so that a test, a reload and `config check` see exactly what they mean to see.
 
+mod alerts;
 mod auth;
 mod database;
 mod error;
@@ -28,6 +29,7 @@ use reader::{Section, read_root};
 
 use crate::domain::RetentionRule;
 
+pub use alerts::Alerts;
 pub use auth::{Auth, PublicKeyAlgorithm, Verifier};
 pub use database::{Database, DatabaseUrl, Synchronous};
 pub use error::{ConfigError, ConfigErrors};
@@ -58,6 +60,8 @@ pub struct Config {
     pub export: Export,
     /// `[history]`.
     pub history: History,
+    /// `[alerts]`, and what is expected of which job.
+    pub alerts: Alerts,
     /// `[log]`.
     pub log: Log,
     /// `[[jobs]]`, in the order of the file.
@@ -146,6 +150,7 @@ impl Config {
             on_postgres: database.url.is_postgres(),
             listen: http.listen,
         };
+        let jobs = jobs::read(root);
         Self {
             state_directory,
             auth: root.section("auth", |section| Auth::read(section, &surroundings)),
@@ -154,7 +159,10 @@ impl Config {
             export: root.section("export", Export::read),
             history: root.section("history", History::read),
             log: root.section("log", Log::read),
-            jobs: jobs::read(root),
+            alerts: root.section("alerts", |section| {
+                Alerts::read(section, jobs.expect_within)
+            }),
+            jobs: jobs.definitions,
             retention: retention::read(root),
             database,
             http,

@@ -31,7 +31,7 @@ cron = \"30 3 * * *\"
 config/timelined.toml:2:1: http.listn: unknown key; http takes allowed_origins, listen, ops_listen, public_url, shutdown_timeout; did you mean \"listen\"?
 config/timelined.toml:3:20: http.shutdown_timeout: 20 has no unit; a duration from 0s to 10m, such as \"90s\" or \"1h 30m\"; did you mean \"20s\"?
 config/timelined.toml:6:10: realtime.window: 0 is too small; a whole number from 1 to 10000
-config/timelined.toml:8:2: lgo: unknown key; the file takes auth, database, export, history, http, jobs, log, mail, realtime, retention, state_directory; did you mean \"log\"?
+config/timelined.toml:8:2: lgo: unknown key; the file takes alerts, auth, database, export, history, http, jobs, log, mail, realtime, retention, state_directory; did you mean \"log\"?
 config/timelined.toml:14:8: jobs.a.cron: \"30 3 * * *\" has five fields; six are needed, seconds first; did you mean \"0 30 3 * * *\"?
 TIMELINED_HTTP__LISTEN: unknown variable; a name is TIMELINED__SECTION__KEY, in capitals, with two underscores before each part; did you mean \"TIMELINED__HTTP__LISTEN\"?
 TIMELINED__REALTIME__ACK_TIMEOUT: 30 has no unit; a duration from 1s to 10m, such as \"90s\" or \"1h 30m\"; did you mean \"30s\"?"
@@ -243,6 +243,26 @@ const WRONG_VALUES: &[(&str, &str)] = &[
         "1:16: history.keep: \"5m\" is too short; a duration from 1h to 3650d, such as \"90s\" or \"1h 30m\"",
     ),
     (
+        "alerts.to = \"ops@example.com\"",
+        "1:13: alerts.to: \"ops@example.com\" is text, not a list in brackets; a list, each item an address such as \"ops@example.com\"",
+    ),
+    (
+        "alerts.to = [\"ops\"]",
+        "1:13: alerts.to: \"ops\" is not valid (Missing domain or user); a list, each item an address such as \"ops@example.com\"",
+    ),
+    (
+        "alerts.to = [\"Ops <ops@example.com>\"]",
+        "1:13: alerts.to: \"Ops <ops@example.com>\" is not valid (Invalid email user); a list, each item an address such as \"ops@example.com\"; did you mean \"ops@example.com\"?",
+    ),
+    (
+        "alerts.after = 0",
+        "1:16: alerts.after: 0 is too small; a whole number from 1 to 1000",
+    ),
+    (
+        "alerts.too = []",
+        "1:8: alerts.too: unknown key; alerts takes after, to; did you mean \"to\"?",
+    ),
+    (
         "log.format = \"jsn\"",
         "1:14: log.format: \"jsn\" is unknown; \"auto\", \"text\" or \"json\"; did you mean \"json\"?",
     ),
@@ -319,6 +339,15 @@ fn wrong_jobs_are_told_by_their_names() {
         (job("enabled = 1"), "5:11: jobs.j.enabled: 1 is a number; true or false, without quotes"),
         (job("timeout = \"0s\""), "5:11: jobs.j.timeout: \"0s\" is too short; a duration from 100ms to 7d, such as \"90s\" or \"1h 30m\""),
         (job("overlap = \"que\""), "5:11: jobs.j.overlap: \"que\" is unknown; \"skip\" or \"queue\""),
+        (
+            job("expect_within = \"1h\""),
+            "5:17: jobs.j.expect_within: 1h is not longer than 1h, which can pass between two of its times; a duration that is longer; did you mean \"2h\"?",
+        ),
+        (
+            "[[jobs]]\nname = \"j\"\nkind = \"purge_expired\"\ncron = \"0 0 3 * * *\"\nexpect_within = \"10s\"".to_owned(),
+            "5:17: jobs.j.expect_within: 10s is not longer than 1d, which can pass between two of its times; a duration that is longer; did you mean \"2d\"?",
+        ),
+        (job("expect_within = 7200"), "5:17: jobs.j.expect_within: 7200 has no unit; a duration from 1s to 732d, such as \"90s\" or \"1h 30m\"; did you mean \"7200s\"?"),
         (job("retry = 5"), "5:9: jobs.j.retry: is a section, not a value; write its keys under a line [jobs.j.retry]"),
         (job("retry = { attempts = 0 }"), "5:22: jobs.j.retry.attempts: 0 is too small; a whole number from 1 to 100"),
         (job("retry = { first = \"10m\" }"), "5:9: jobs.j.retry.max: 5m is less than first, 10m; at least as long as first"),
@@ -328,7 +357,7 @@ fn wrong_jobs_are_told_by_their_names() {
         (job("dry_run = \"no\""), "5:11: jobs.j.dry_run: \"no\" is text; true or false, without quotes"),
         (
             job("batch = 5"),
-            "5:1: jobs.j.batch: unknown key; jobs.j takes catch_up, catch_up_within, cron, dry_run, enabled, every, kind, max_rate, name, older_than, overlap, retry, timeout, timezone",
+            "5:1: jobs.j.batch: unknown key; jobs.j takes catch_up, catch_up_within, cron, dry_run, enabled, every, expect_within, kind, max_rate, name, older_than, overlap, retry, timeout, timezone",
         ),
         (
             "[[jobs]]\nname = \"j\"\nkind = \"realtime_delivery\"\nevery = \"1s\"\nbatch = 0".to_owned(),
@@ -401,11 +430,11 @@ fn keys_that_are_unknown_doubled_or_broken_are_told_with_their_place() {
     assert_said(&[
         (
             "windw = 1",
-            "1:1: windw: unknown key; the file takes auth, database, export, history, http, jobs, log, mail, realtime, retention, state_directory",
+            "1:1: windw: unknown key; the file takes alerts, auth, database, export, history, http, jobs, log, mail, realtime, retention, state_directory",
         ),
         (
             "listen = \"127.0.0.1:1\"",
-            "1:1: listen: unknown key; the file takes auth, database, export, history, http, jobs, log, mail, realtime, retention, state_directory; did you mean \"http.listen\"?",
+            "1:1: listen: unknown key; the file takes alerts, auth, database, export, history, http, jobs, log, mail, realtime, retention, state_directory; did you mean \"http.listen\"?",
         ),
         (
             "\"http.listen\" = \"127.0.0.1:1\"",

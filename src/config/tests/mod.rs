@@ -131,6 +131,11 @@ fn without_a_file_the_defaults_stand() {
             history: History {
                 keep: Duration::from_hours(30 * 24),
             },
+            alerts: Alerts {
+                to: Vec::new(),
+                after: 3,
+                expect_within: BTreeMap::new(),
+            },
             log: Log {
                 format: LogFormat::Auto,
                 level: "info".to_owned(),
@@ -590,6 +595,7 @@ fn jobs_take_all_their_keys() {
         timeout = "2h"
         overlap = "queue"
         retry = { attempts = 1, first = "10ms", max = "10ms" }
+        expect_within = "26h"
         older_than = "0s"
         max_rate = 500
         dry_run = true
@@ -616,6 +622,10 @@ fn jobs_take_all_their_keys() {
         Schedule::cron("0 0 2 * * *", Tz::Europe__Lisbon).unwrap()
     );
     assert_eq!((purge.enabled, purge.overlap), (false, Overlap::Queue));
+    assert_eq!(
+        config.alerts.expect_within,
+        BTreeMap::from([("p".to_owned(), Duration::from_hours(26))])
+    );
     assert_eq!(
         (purge.retry.attempts.get(), purge.retry.first),
         (1, Duration::from_millis(10))
@@ -670,6 +680,44 @@ fn retention_rules_take_all_their_keys() {
         (notes.older_than, notes.max_age),
         (Some(TimeDelta::days(30)), Some(TimeDelta::days(90)))
     );
+}
+
+#[test]
+fn alerts_go_to_whom_the_file_or_a_variable_names() {
+    let setup = Setup::file("[alerts]\nto = [\"ops@example.com\"]\nafter = 1\n");
+    let alerts = setup.loaded().config.alerts;
+    assert_eq!(alerts.to, ["ops@example.com".parse().unwrap()]);
+    assert_eq!(alerts.after, 1);
+    let setup = setup
+        .variable("TIMELINED__ALERTS__TO", "a@example.com, b@example.com")
+        .variable("TIMELINED__ALERTS__AFTER", "5");
+    let loaded = setup.loaded();
+    assert_eq!(loaded.config.alerts.to.len(), 2);
+    assert_eq!(shown(&loaded, "alerts.after").0, "5");
+}
+
+#[test]
+fn what_is_expected_of_a_job_may_be_as_rare_as_its_longest_pause() {
+    let job = |schedule: &str, within: &str| {
+        let text = format!(
+            "[[jobs]]\nname = \"j\"\nkind = \"purge_expired\"\n{schedule}\nexpect_within = \"{within}\"\n"
+        );
+        Setup::file(&text).load().is_ok()
+    };
+    for (schedule, longest) in [
+        ("every = \"1h\"", 3_600),
+        ("cron = \"0 0 3 * * *\"", 24 * 3_600),
+        // The night in which the clocks go back.
+        (
+            "cron = \"0 30 3 * * *\"\ntimezone = \"Europe/Lisbon\"",
+            25 * 3_600,
+        ),
+        // From Friday to Monday.
+        ("cron = \"0 0 9 * * MON-FRI\"", 72 * 3_600),
+    ] {
+        assert!(!job(schedule, &format!("{longest}s")), "{schedule}");
+        assert!(job(schedule, &format!("{}s", longest + 1)), "{schedule}");
+    }
 }
 
 #[test]
