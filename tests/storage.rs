@@ -14,6 +14,8 @@
 #[macro_use]
 mod support;
 
+#[path = "storage/alerts.rs"]
+mod alerts;
 #[path = "storage/changing.rs"]
 mod changing;
 #[path = "storage/exporting.rs"]

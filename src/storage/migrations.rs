@@ -36,6 +36,11 @@ macro_rules! migrations {
                 "retention",
                 include_str!(concat!("../../migrations/", $engine, "/0005_retention.sql")),
             ),
+            (
+                6,
+                "alerts",
+                include_str!(concat!("../../migrations/", $engine, "/0006_alerts.sql")),
+            ),
         ]
     };
 }

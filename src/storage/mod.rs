@@ -1,10 +1,11 @@
-//! Storage: two engines behind four traits, chosen by the database's URL.
+//! Storage: two engines behind five traits, chosen by the database's URL.
 //!
 //! [`EventRepository`] keeps the events and what changes beside them, [`JobLedger`] the runs of the
-//! jobs, [`ExportStore`] the export queue, [`RetentionStore`] holds and what was deleted. Each engine
-//! has its SQL in its own files, written the same wherever it can be; one conformance suite
-//! (`tests/storage.rs`) runs every case on both.
+//! jobs, [`ExportStore`] the export queue, [`RetentionStore`] holds and what was deleted,
+//! [`AlertStore`] what is wrong with which job. Each engine has its SQL in its own files, written the
+//! same wherever it can be; one conformance suite (`tests/storage.rs`) runs every case on both.
 
+mod alerts;
 mod error;
 mod events;
 mod exports;
@@ -19,6 +20,7 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
+pub use alerts::{AlertKind, AlertMail, AlertStore, Failures, JobAlert, MailEnd, Success};
 pub use error::{StorageError, StorageResult};
 pub use events::{
     Backlog, Change, EventRepository, Filter, Idempotency, Key, MAX_EXACT_TOTAL, Page, Position,
@@ -48,6 +50,8 @@ pub struct Storage {
     pub exports: Arc<dyn ExportStore>,
     /// What is deleted, and what is held.
     pub retention: Arc<dyn RetentionStore>,
+    /// The troubles of the jobs.
+    pub alerts: Arc<dyn AlertStore>,
     /// Cancelled when an acknowledged write can no longer be promised (a failed fsync, a lost
     /// writer): the daemon must stop, and must not try the fsync again.
     pub failed: CancellationToken,
@@ -69,7 +73,8 @@ impl Storage {
             events: shared.clone(),
             ledger: shared.clone(),
             exports: shared.clone(),
-            retention: shared,
+            retention: shared.clone(),
+            alerts: shared,
             failed: storage.failed(),
             closer: Closer::Sqlite(storage),
         }
@@ -83,7 +88,8 @@ impl Storage {
             events: shared.clone(),
             ledger: shared.clone(),
             exports: shared.clone(),
-            retention: shared,
+            retention: shared.clone(),
+            alerts: shared,
             failed: CancellationToken::new(),
             closer: Closer::Postgres(storage),
         }

@@ -12,6 +12,7 @@ use std::sync::{LazyLock, Mutex, PoisonError};
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
+use super::alerts::{AlertMail, JobAlert};
 use super::events::{Key, KnownKey, Receipt, Slice, Undelivered};
 use super::exports::{Export, ExportDelivery, ExportRequest, OldFile};
 use super::ledger::{Counts, Fence, JobAction, Pause, Renewed, Run, RunState, SKIPPED, Settled};
@@ -403,6 +404,31 @@ pub(super) fn deletion<R: Columns>(row: &R) -> StorageResult<DeletionEntry> {
         rule: row.text("rule")?,
         cause: row.parsed("cause")?,
         deleted: row.count("deleted")?,
+    })
+}
+
+/// Reads what is known of a trouble of a job.
+pub(super) fn job_alert<R: Columns>(row: &R) -> StorageResult<JobAlert> {
+    let row = Reader {
+        row,
+        table: "job_alerts",
+    };
+    let mailing: Option<Result<AlertMail, _>> = row.maybe_text("mailing")?.map(|text| text.parse());
+    Ok(JobAlert {
+        job: row.text("job")?,
+        kind: row.parsed("kind")?,
+        since: row.time("since")?,
+        count: row.count("count")?,
+        error: row.maybe_text("error")?,
+        last_success: row.maybe_time("last_success")?,
+        mails: row.count("mails")?,
+        mailed_at: row.maybe_time("mailed_at")?,
+        mailing: mailing
+            .transpose()
+            .map_err(|error| row.corrupt("mailing", error))?,
+        attempts: row.count("attempts")?,
+        reached: row.read("reached", row.row.texts("reached"))?,
+        claimed_until: row.maybe_time("claimed_until")?,
     })
 }
 

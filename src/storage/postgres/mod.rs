@@ -4,6 +4,7 @@
 //! `for update skip locked`: what another one holds is being done. The schema's own rules are in
 //! `migrations/postgres`.
 
+mod alerts;
 mod events;
 mod exports;
 mod ledger;

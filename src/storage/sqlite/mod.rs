@@ -3,6 +3,7 @@
 //! A UUID is stored as text, a time as microseconds since 1970, a set of ids travels as a JSON
 //! array. The engine's own rules are in `migrations/sqlite`.
 
+mod alerts;
 mod events;
 mod exports;
 mod ledger;
