@@ -4,6 +4,7 @@ use std::io::IsTerminal as _;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -77,6 +78,12 @@ struct JobOutcome {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct JobTrouble {
+    job: String,
+    kind: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct JobName {
     job: String,
 }
@@ -93,6 +100,8 @@ pub struct Metrics {
     durations: Family<JobName, Histogram>,
     last_success: Family<JobName, Gauge<f64, AtomicU64>>,
     lag: Family<JobName, Gauge<f64, AtomicU64>>,
+    failures: Family<JobName, Gauge>,
+    troubles: Family<JobTrouble, Gauge>,
     purged: Counter,
     expired: Counter,
     sockets: Gauge,
@@ -121,6 +130,18 @@ impl Default for Metrics {
             "job_schedule_lag_seconds",
             "How late the last run of a job began",
             lag.clone(),
+        );
+        let failures = Family::default();
+        registry.register(
+            "job_failures_in_a_row",
+            "Failures of a job since it last succeeded",
+            failures.clone(),
+        );
+        let troubles = Family::default();
+        registry.register(
+            "job_alert_active",
+            "1 while a job fails too often (failure) or has not succeeded for too long (silence)",
+            troubles.clone(),
         );
         let purged = Counter::default();
         registry.register(
@@ -154,6 +175,8 @@ impl Default for Metrics {
             durations,
             last_success,
             lag,
+            failures,
+            troubles,
             purged,
             expired,
             sockets,
@@ -181,15 +204,44 @@ impl Metrics {
         if run.state == RunState::Succeeded
             && let Some(at) = run.finished_at
         {
-            #[expect(clippy::cast_precision_loss, reason = "a gauge of milliseconds")]
-            self.last_success
-                .get_or_create(&job)
-                .set(at.timestamp_millis() as f64 / 1000.0);
+            self.job_succeeded(&job.job, at);
         }
         self.purged
             .inc_by(run.counts.get("deleted").copied().unwrap_or(0));
         self.expired
             .inc_by(run.counts.get("expired").copied().unwrap_or(0));
+    }
+
+    /// Notes when a job succeeded, on this daemon or on another; what is older than the last is no news.
+    pub fn job_succeeded(&self, job: &str, at: DateTime<Utc>) {
+        #[expect(clippy::cast_precision_loss, reason = "a gauge of milliseconds")]
+        let seconds = at.timestamp_millis() as f64 / 1000.0;
+        let job = JobName {
+            job: job.to_owned(),
+        };
+        let gauge = self.last_success.get_or_create(&job);
+        if seconds > gauge.get() {
+            gauge.set(seconds);
+        }
+    }
+
+    /// Notes how often a job has failed in a row.
+    pub fn job_failures(&self, job: &str, in_a_row: u64) {
+        let job = JobName {
+            job: job.to_owned(),
+        };
+        let count = i64::try_from(in_a_row).unwrap_or(i64::MAX);
+        self.failures.get_or_create(&job).set(count);
+    }
+
+    /// Notes whether something of this kind is wrong with a job.
+    pub fn job_alert(&self, job: &str, kind: &'static str, is_active: bool) {
+        let trouble = JobTrouble {
+            job: job.to_owned(),
+            kind,
+        };
+        let value = i64::from(is_active);
+        self.troubles.get_or_create(&trouble).set(value);
     }
 
     /// The metrics as Prometheus text; `sockets` are the connections that are open now,
