@@ -9,6 +9,8 @@
 #[macro_use]
 mod support;
 
+#[path = "jobs/alerts.rs"]
+mod alerts;
 #[path = "jobs/daemon.rs"]
 mod daemon;
 #[path = "jobs/runner.rs"]

@@ -2,8 +2,10 @@
 //!
 //! A [`Job`] takes no input: its work is in the database, it is safe to run twice, works in batches
 //! and looks between them whether it is to stop. The [`Runner`] owns everything else: due times,
-//! claims, overlap, timeouts, retries, the run's row and its log line.
+//! claims, overlap, timeouts, retries, the run's row and its log line. [`Alerts`] hear how runs
+//! ended, and mail what somebody should see to.
 
+mod alerts;
 mod controls;
 mod deliver;
 mod export;
@@ -19,6 +21,7 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use tokio_util::sync::CancellationToken;
 
+pub use alerts::{AlertSettings, Alerts, DueMail};
 pub use controls::resume;
 pub use deliver::Deliver;
 pub use export::ScheduleExports;

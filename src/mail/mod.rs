@@ -217,6 +217,14 @@ impl Letter {
     }
 }
 
+/// Text as HTML shows it.
+pub(crate) fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
+}
+
 /// Whether `text` can stand between angle brackets and, its first half, as a file's name.
 fn is_message_id(text: &str) -> bool {
     let is_atom = |part: &str| {
