@@ -24,7 +24,8 @@ use crate::config::{Config, DatabaseUrl, JobDefinition, JobKind, Synchronous};
 use crate::domain::{Clock, Retention, RetentionRule, RunId};
 use crate::export::{self, Exporter};
 use crate::jobs::{
-    Deliver, Job, Pulse, Purge, Runner, RunnerHandle, RunnerSettings, ScheduleExports,
+    AlertSettings, Alerts, Deliver, Job, Pulse, Purge, Runner, RunnerHandle, RunnerSettings,
+    ScheduleExports,
 };
 use crate::live::{Acknowledger, Hub, LiveCounts, Pump, SessionSettings};
 use crate::mail::Mailer;
@@ -59,6 +60,8 @@ pub struct Daemon {
     job_parts: JobParts,
     runner: RunnerHandle,
     definitions: watch::Sender<Arc<[JobDefinition]>>,
+    alert_parts: AlertSettings,
+    alerts: watch::Sender<Arc<Alerts>>,
     /// Held as long as the daemon runs; the system lets go of it when the process ends.
     _lock: Option<File>,
 }
@@ -155,9 +158,10 @@ impl Daemon {
         );
         writers.spawn(acknowledger.run(queue, abort.clone()));
 
+        let mailer = Arc::new(mailer);
         let exporter = Exporter::new(
             storage.exports.clone(),
-            mailer,
+            mailer.clone(),
             clock.clone(),
             export_settings(&config, address, daemon),
             export_wake.clone(),
@@ -173,6 +177,21 @@ impl Daemon {
         };
         let (definitions, definitions_seen) = watch::channel(Arc::from(config.jobs.as_slice()));
         let jobs = job_parts.jobs(&config);
+        let alert_parts = AlertSettings {
+            store: storage.alerts.clone(),
+            is_alone: storage.is_exclusive(),
+            mailer,
+            from: config.mail.from.clone(),
+            uncertain: config.mail.uncertain,
+            config: config.alerts.clone(),
+            clock: clock.clone(),
+            daemon,
+            tracker: tracker.clone(),
+            stop: stop.child_token(),
+            abort: abort.clone(),
+            metrics: metrics.clone(),
+        };
+        let (alerts, alerts_seen) = watch::channel(watch_jobs(&alert_parts, &config.jobs));
         let runner = Runner::new(
             RunnerSettings {
                 ledger: storage.ledger.clone(),
@@ -184,6 +203,7 @@ impl Daemon {
                 abort: abort.clone(),
                 pulse: pulse.clone(),
                 metrics: metrics.clone(),
+                alerts: Some(alerts_seen),
                 keep_history: config.history.keep,
             },
             jobs,
@@ -268,6 +288,8 @@ impl Daemon {
             job_parts,
             runner: runner_handle,
             definitions,
+            alert_parts,
+            alerts,
             _lock: lock,
         })
     }
@@ -331,6 +353,13 @@ impl Daemon {
         self.runner.replace(self.job_parts.jobs(&config));
         self.definitions
             .send_replace(Arc::from(config.jobs.as_slice()));
+        self.alert_parts.stop.cancel();
+        self.alert_parts.stop = self.stop.child_token();
+        self.alert_parts.config = config.alerts.clone();
+        let before = self
+            .alerts
+            .send_replace(watch_jobs(&self.alert_parts, &config.jobs));
+        self.tracker.spawn(async move { before.flush().await });
         self.config = config;
         Ok(changed)
     }
@@ -365,6 +394,8 @@ impl Daemon {
         {
             self.abort.cancel();
         }
+        let alerts = self.alerts.borrow().clone();
+        drop(tokio::time::timeout(ABORT_GRACE, alerts.flush()).await);
         // Bounded too: a pool waits for every connection that a hanging statement holds.
         if tokio::time::timeout(ABORT_GRACE, self.storage.close())
             .await
@@ -399,6 +430,13 @@ fn fixed_sections(old: &Config, new: &Config) -> Vec<&'static str> {
     .into_iter()
     .filter_map(|(section, differs)| differs.then_some(section))
     .collect()
+}
+
+/// Begins to watch the jobs for what somebody should see to.
+fn watch_jobs(settings: &AlertSettings, jobs: &[JobDefinition]) -> Arc<Alerts> {
+    let alerts = Arc::new(Alerts::new(settings.clone(), jobs));
+    settings.tracker.spawn(alerts.clone().run());
+    alerts
 }
 
 /// What jobs are made of.

@@ -996,7 +996,7 @@ impl Home {
         };
         let mailer = Mailer::new(&self.config.mail).unwrap();
         let clock = Arc::new(self.clock.clone());
-        let exporter = Exporter::new(store, mailer, clock, settings, self.wake.clone());
+        let exporter = Exporter::new(store, Arc::new(mailer), clock, settings, self.wake.clone());
         let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
         let task = TaskTracker::new().spawn(exporter.run(stop.clone(), abort.clone()));
         Worker {

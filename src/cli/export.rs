@@ -111,7 +111,7 @@ async fn serve(
     let settings = export_settings(config, config.http.listen, worker);
     let exporter = Exporter::new(
         storage.exports.clone(),
-        mailer,
+        Arc::new(mailer),
         clock(),
         settings,
         Arc::new(Notify::new()),

@@ -133,7 +133,7 @@ pub struct Settings {
 /// Serves the export queue.
 pub struct Exporter {
     store: Arc<dyn ExportStore>,
-    mailer: Mailer,
+    mailer: Arc<Mailer>,
     clock: Arc<dyn Clock>,
     settings: Settings,
     wake: Arc<Notify>,
@@ -169,7 +169,7 @@ impl Exporter {
     #[must_use]
     pub fn new(
         store: Arc<dyn ExportStore>,
-        mailer: Mailer,
+        mailer: Arc<Mailer>,
         clock: Arc<dyn Clock>,
         settings: Settings,
         wake: Arc<Notify>,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use tempfile::TempDir;
-use timelined::config::{self, JobDefinition, JobKind, Overlap, Transport, Uncertain};
+use timelined::config::{self, CatchUp, JobDefinition, JobKind, Overlap, Transport, Uncertain};
 use timelined::domain::{Clock, ManualClock, RunId, SystemClock};
 use timelined::jobs::retry::RetryPolicy;
 use timelined::jobs::schedule::Schedule;
@@ -39,9 +39,12 @@ fn jobs() -> Vec<JobDefinition> {
         enabled: true,
         timeout: Duration::from_secs(30),
         overlap: Overlap::Skip,
+        catch_up: CatchUp::Once,
+        catch_up_within: Duration::from_hours(12),
         retry: RetryPolicy::default(),
         kind: JobKind::PurgeExpired {
             older_than: Duration::ZERO,
+            max_rate: 0,
             dry_run: false,
         },
     };
@@ -180,6 +183,7 @@ fn run(job: &str, state: RunState, at: DateTime<Utc>) -> Run {
         trigger: Trigger::Schedule,
         attempt: 1,
         daemon: Some(worker(1)),
+        fence: 1,
         state,
         counts: Counts::new(),
         error: (state != RunState::Succeeded).then(|| "panicked: a \0 in a text".to_owned()),

@@ -191,6 +191,7 @@ impl Daemon {
             abort: self.abort.clone(),
             pulse: self.pulse.clone(),
             metrics: Arc::new(Metrics::default()),
+            alerts: None,
             keep_history: Duration::from_hours(24),
         };
         let runner = Runner::new(settings, std::mem::take(&mut self.jobs));

@@ -5,6 +5,7 @@
 //! holds; what its answer lacks was taken over. A daemon that could not renew ends its own runs
 //! before anybody else may begin them, and whatever it writes late is refused by the fence.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -44,7 +45,7 @@ pub(super) struct Grip {
 }
 
 impl Shared {
-    fn held(&self) -> std::sync::MutexGuard<'_, std::collections::BTreeMap<RunId, Held>> {
+    fn held(&self) -> std::sync::MutexGuard<'_, BTreeMap<RunId, Held>> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -210,8 +211,11 @@ async fn look(shared: &Arc<Shared>) -> StorageResult<()> {
     if *is_shared {
         shared.compare_clocks(asked, seen.now);
     }
-    *shared.paused.lock().unwrap_or_else(PoisonError::into_inner) =
-        seen.paused.iter().cloned().collect();
+    let paused: BTreeSet<String> = seen.paused.iter().cloned().collect();
+    if let Some(alerts) = &shared.settings.alerts {
+        alerts.borrow().set_paused(paused.clone());
+    }
+    *shared.paused.lock().unwrap_or_else(PoisonError::into_inner) = paused;
     if seen.lapses_at.is_some_and(|at| at < seen.now) {
         for run in ledger.take_over(*daemon, shared.now()).await? {
             tracing::warn!(

@@ -22,14 +22,14 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, TimeDelta, Utc};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use self::lease::Held;
 pub(super) use self::missed::while_paused;
-use super::{Job, Pulse};
+use super::{Alerts, Job, Pulse};
 use crate::config::{JobDefinition, JobKind, Overlap};
 use crate::domain::{Clock, RunId, format_time};
 use crate::storage::{Claim, Counts, JobLedger, Run, RunState, StorageError, Trigger};
@@ -69,6 +69,8 @@ pub struct RunnerSettings {
     pub pulse: Pulse,
     /// Counts runs.
     pub metrics: Arc<Metrics>,
+    /// Hear how runs ended; a reload puts others in their place.
+    pub alerts: Option<watch::Receiver<Arc<Alerts>>>,
     /// How long runs are kept after their end.
     pub keep_history: Duration,
 }

@@ -392,6 +392,9 @@ fn add(counts: &mut Counts, more: Counts) {
 /// The one line that each run ends in.
 pub(super) fn tell(shared: &Shared, slot: &Slot, run: &Run, lag_ms: i64, took: Duration) {
     shared.settings.metrics.run_ended(run, lag_ms, took);
+    if let Some(alerts) = &shared.settings.alerts {
+        alerts.borrow().run_ended(run);
+    }
     let counts = serde_json::to_string(&run.counts).unwrap_or_default();
     let next_at = slot.next_after(shared.now()).map(format_time);
     macro_rules! line {
