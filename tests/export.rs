@@ -31,7 +31,7 @@ use timelined::mail::{Mailer, MailerError};
 use timelined::storage::sqlite::SqliteStorage;
 use timelined::storage::{
     ClaimedDelivery, DeliveryOutcome, DeliveryState, Export, ExportRequest, ExportState,
-    ExportStore, Key, NewExport, OldFile, Recording, Rendered, Slice, Storage, StorageError,
+    ExportStore, Fence, Key, NewExport, OldFile, Recording, Rendered, Slice, Storage, StorageError,
     StorageResult,
 };
 use tokio::sync::{Notify, Semaphore};
@@ -1106,8 +1106,12 @@ struct Hooked {
 
 #[async_trait]
 impl ExportStore for Hooked {
-    async fn create(&self, exports: &[NewExport]) -> StorageResult<Vec<ExportId>> {
-        self.inner.create(exports).await
+    async fn create(
+        &self,
+        exports: &[NewExport],
+        fence: Option<Fence>,
+    ) -> StorageResult<Vec<ExportId>> {
+        self.inner.create(exports, fence).await
     }
 
     async fn find(&self, tenant: &TenantId, id: ExportId) -> StorageResult<Option<Export>> {

@@ -13,5 +13,7 @@ mod support;
 mod alerts;
 #[path = "jobs/daemon.rs"]
 mod daemon;
+#[path = "jobs/installation.rs"]
+mod installation;
 #[path = "jobs/runner.rs"]
 mod runner;

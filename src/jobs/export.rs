@@ -78,7 +78,7 @@ impl ScheduleExports {
             .iter()
             .map(|contact| self.export(context, *contact, &requested_by))
             .collect();
-        let there_are = self.exports.create(&exports).await?;
+        let there_are = self.exports.create(&exports, context.fence).await?;
         for (export, there_is) in exports.iter().zip(there_are) {
             let is_new = there_is == export.id;
             let name = if is_new { "exports" } else { "repeated" };

@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::ledger::optional_time;
+use super::ledger::{Fence, optional_time};
 use super::{StorageError, StorageResult};
 use crate::domain::{Audience, Category, ContactId, ExportId, Subject, TenantId};
 
@@ -275,12 +275,17 @@ impl DeliveryOutcome {
 #[async_trait]
 pub trait ExportStore: Send + Sync + 'static {
     /// Adds exports, all or none. Answers the ids of the exports there are, in the same order:
-    /// another's, where a `request_key` was used before.
-    async fn create(&self, exports: &[NewExport]) -> StorageResult<Vec<ExportId>>;
+    /// another's, where a `request_key` was used before. With a `fence` only while the run is the
+    /// caller's.
+    async fn create(
+        &self,
+        exports: &[NewExport],
+        fence: Option<Fence>,
+    ) -> StorageResult<Vec<ExportId>>;
 
     /// Adds one export, as [`ExportStore::create`] does.
     async fn create_one(&self, export: &NewExport) -> StorageResult<ExportId> {
-        let ids = self.create(std::slice::from_ref(export)).await?;
+        let ids = self.create(std::slice::from_ref(export), None).await?;
         Ok(ids.first().copied().unwrap_or(export.id))
     }
 

@@ -185,7 +185,7 @@ on_both_engines! {
         // A repeat of the first one stands among them, and one key twice.
         let twice = keyed(4, &[B]);
         let batch = [keyed(1, &[A, B]), keyed(2, &[B]), keyed(3, &[B, A]), elsewhere, without_key, twice, keyed(4, &[A])];
-        let there_are = db.exports.create(&batch).await.unwrap();
+        let there_are = db.exports.create(&batch, None).await.unwrap();
         let mut expected: Vec<_> = batch.iter().map(|export| export.id).collect();
         (expected[1], expected[6]) = (first.id, batch[5].id);
         assert_eq!(there_are, expected);
@@ -197,8 +197,8 @@ on_both_engines! {
             let ids: Vec<_> = found.deliveries.into_iter().map(|mail| mail.message_id).collect();
             assert_eq!(ids, export.message_ids);
         }
-        assert_eq!(db.exports.create(&batch[..4]).await.unwrap(), expected[..4], "a repeat adds none");
-        assert_eq!(db.exports.create(&[]).await.unwrap(), []);
+        assert_eq!(db.exports.create(&batch[..4], None).await.unwrap(), expected[..4], "a repeat adds none");
+        assert_eq!(db.exports.create(&[], None).await.unwrap(), []);
         assert_eq!(db.count("exports where request_key is not null").await, 5);
     }
 

@@ -17,7 +17,7 @@ use crate::storage::exports::{
     Rendered, ids_there_are, unreadable,
 };
 use crate::storage::rows::{self, Columns};
-use crate::storage::{Page, StorageResult};
+use crate::storage::{Fence, Page, StorageError, StorageResult};
 
 macro_rules! export_columns {
     () => {
@@ -76,8 +76,27 @@ impl PgStorage {
 
 #[async_trait]
 impl ExportStore for PgStorage {
-    async fn create(&self, exports: &[NewExport]) -> StorageResult<Vec<ExportId>> {
+    async fn create(
+        &self,
+        exports: &[NewExport],
+        fence: Option<Fence>,
+    ) -> StorageResult<Vec<ExportId>> {
         let mut transaction = self.worker.begin().await?;
+        if let Some(fence) = fence {
+            // The run stays this daemon's until the end of the transaction; of one that is frozen
+            // within it not for longer than a lease.
+            let own = sqlx::query(
+                "select set_config('idle_in_transaction_session_timeout', '4s', true)
+                 from job_runs where id = $1 and fence = $2 and state = 'running' for share",
+            )
+            .bind(fence.run.uuid())
+            .bind(i64::from(fence.number))
+            .fetch_optional(&mut *transaction)
+            .await?;
+            if own.is_none() {
+                return Err(StorageError::Fenced);
+            }
+        }
         let added = insert(&mut transaction, exports).await?;
         let there = if added.len() == exports.len() {
             HashMap::new()

@@ -8,7 +8,7 @@ use sqlx::Row;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use uuid::Uuid;
 
-use super::events::event_columns;
+use super::events::{check_fence, event_columns};
 use super::{SqliteStorage, at, changed, set, text};
 use crate::domain::{Audience, Category, ContactId, ExportId, TenantId};
 use crate::storage::events::{Filter, Key, Slice, View, bounds, last_key};
@@ -17,7 +17,7 @@ use crate::storage::exports::{
     Rendered, ids_there_are, unreadable,
 };
 use crate::storage::rows::{self, Columns};
-use crate::storage::{Page, StorageResult};
+use crate::storage::{Fence, Page, StorageResult};
 
 macro_rules! export_columns {
     () => {
@@ -78,10 +78,19 @@ impl SqliteStorage {
 
 #[async_trait]
 impl ExportStore for SqliteStorage {
-    async fn create(&self, exports: &[NewExport]) -> StorageResult<Vec<ExportId>> {
+    async fn create(
+        &self,
+        exports: &[NewExport],
+        fence: Option<Fence>,
+    ) -> StorageResult<Vec<ExportId>> {
         let exports = exports.to_vec();
         self.writer
-            .write(move |db| Box::pin(async move { create(db, &exports).await }))
+            .write(move |db| {
+                Box::pin(async move {
+                    check_fence(db, fence).await?;
+                    create(db, &exports).await
+                })
+            })
             .await
     }
 
