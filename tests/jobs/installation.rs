@@ -210,7 +210,10 @@ fn each_time_runs_once_or_has_a_reason_whatever_dies() {
         for (name, contact) in [("short", SHORT), ("long", LONG)] {
             each_ran_once_or_says_why(&pool, name, contact, last).await;
         }
-        eprintln!("the longest take-over began {late} after its lease");
+        eprintln!(
+            "the longest take-over began {} ms after its lease",
+            late.num_milliseconds()
+        );
         pool.close().await;
         for daemon in &mut daemons {
             assert_eq!(daemon.stop().code(), Some(0), "{}", daemon.log());
