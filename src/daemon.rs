@@ -20,8 +20,9 @@ use uuid::Uuid;
 
 use crate::access::Access;
 use crate::api::{self, ExportsApi, Health, JobsApi, LiveApi, OpsApi, Parts, RetentionApi};
-use crate::config::{Config, DatabaseUrl, JobDefinition, JobKind, Synchronous};
+use crate::config::{Config, DatabaseUrl, JobDefinition, JobKind, Synchronous, Transport};
 use crate::domain::{Clock, Retention, RetentionRule, RunId};
+use crate::erasure::{Book, Eraser, EraserParts};
 use crate::export::{self, Exporter};
 use crate::jobs::{
     AlertSettings, Alerts, Deliver, Job, Pulse, Purge, Runner, RunnerHandle, RunnerSettings,
@@ -218,6 +219,17 @@ impl Daemon {
             clock: clock.clone(),
             wake: pump_wake,
         };
+        let eraser = eraser_parts(
+            &config,
+            &storage,
+            hub.clone(),
+            clock.clone(),
+            tracker.clone(),
+            stop.clone(),
+        );
+        let eraser = Arc::new(Eraser::new(eraser, open_book(&config)?));
+        warn_of_missing_erasures(&eraser).await?;
+        tracker.spawn(eraser.clone().run());
         let session = SessionSettings {
             access: access.clone(),
             events: storage.events.clone(),
@@ -250,6 +262,7 @@ impl Daemon {
             },
             retention: RetentionApi {
                 store: storage.retention.clone(),
+                eraser,
                 clock,
             },
             live: LiveApi {
@@ -510,11 +523,68 @@ pub fn purge(
         dry_run,
         max_rate: 0,
         confirmed_by: None,
-        batch_time: if storage.is_exclusive() {
-            SQLITE_BATCH_TIME
-        } else {
-            POSTGRES_BATCH_TIME
+        batch_time: batch_time(storage),
+    }
+}
+
+/// The erasures that were carried out, as this machine knows them.
+fn open_book(config: &Config) -> anyhow::Result<Book> {
+    let (book, bad) = Book::open(&config.state_directory).with_context(|| {
+        let path = config.state_directory.display();
+        format!("cannot read the ledger of erasures in {path}")
+    })?;
+    for line in bad {
+        let path = book.path().display().to_string();
+        tracing::error!(path, %line, "the ledger of erasures is damaged; see: timelined doctor");
+    }
+    Ok(book)
+}
+
+async fn warn_of_missing_erasures(eraser: &Eraser) -> anyhow::Result<()> {
+    let missing = eraser.missing().await.context("cannot read the erasures")?;
+    if !missing.is_empty() {
+        tracing::error!(
+            count = missing.len(),
+            "the database was restored from a backup that knows nothing of {} erasures: run `timelined doctor --replay-erasures`",
+            missing.len()
+        );
+    }
+    Ok(())
+}
+
+/// What an eraser needs of the configuration.
+#[must_use]
+pub fn eraser_parts(
+    config: &Config,
+    storage: &Storage,
+    hub: Arc<Hub>,
+    clock: Arc<dyn Clock>,
+    tracker: TaskTracker,
+    stop: CancellationToken,
+) -> EraserParts {
+    EraserParts {
+        store: storage.erasures.clone(),
+        ledger: storage.ledger.clone(),
+        hub,
+        clock,
+        exports: config.export.directory.clone(),
+        outbox: match &config.mail.transport {
+            Transport::Directory(directory) => Some(directory.clone()),
+            Transport::Smtp(_) => None,
         },
+        batch_time: batch_time(storage),
+        is_alone: storage.is_exclusive(),
+        tracker,
+        stop,
+    }
+}
+
+/// How long a transaction that deletes should take.
+fn batch_time(storage: &Storage) -> Duration {
+    if storage.is_exclusive() {
+        SQLITE_BATCH_TIME
+    } else {
+        POSTGRES_BATCH_TIME
     }
 }
 

@@ -4,10 +4,10 @@
 //! # The layers
 //!
 //! Dependencies point down: [`domain`] ← [`storage`] ← [`jobs`], [`live`], [`export`], [`mail`],
-//! [`timeline`] ← [`api`] ← [`daemon`] ← [`lifecycle`] ← [`cli`]. [`config`], [`access`] and
+//! [`timeline`], [`erasure`] ← [`api`] ← [`daemon`] ← [`lifecycle`] ← [`cli`]. [`config`], [`access`] and
 //! [`telemetry`] stand beside them: every layer but the domain may use them, and of the layers they
-//! use plain values alone (schedules, retry policies, a run). [`timeline`] holds the use cases that
-//! HTTP, jobs and the command line share. `tests/layers.rs` holds the code to this map.
+//! use plain values alone (schedules, retry policies, a run). [`timeline`] and [`erasure`] hold the
+//! use cases that HTTP, jobs and the command line share. `tests/layers.rs` holds the code to this map.
 //!
 //! # Four walks
 //!
@@ -29,6 +29,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod domain;
+pub mod erasure;
 pub mod export;
 pub mod jobs;
 pub mod lifecycle;

@@ -19,6 +19,8 @@ mod support;
 mod access;
 #[path = "api/ask.rs"]
 mod ask;
+#[path = "api/erasure.rs"]
+mod erasure;
 #[path = "api/exports.rs"]
 mod exports;
 #[path = "api/health.rs"]

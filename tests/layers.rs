@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[&[&str]] = &[
     &["domain"],
     &["storage"],
-    &["jobs", "live", "export", "mail", "timeline"],
+    &["jobs", "live", "export", "mail", "timeline", "erasure"],
     &["api"],
     &["daemon"],
     &["lifecycle"],

@@ -18,6 +18,8 @@ mod support;
 mod alerts;
 #[path = "storage/changing.rs"]
 mod changing;
+#[path = "storage/erasing.rs"]
+mod erasing;
 #[path = "storage/exporting.rs"]
 mod exporting;
 #[path = "storage/ledger.rs"]

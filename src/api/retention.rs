@@ -1,4 +1,4 @@
-//! The routes of legal holds.
+//! The routes of legal holds and of erasure.
 
 use std::sync::Arc;
 
@@ -12,7 +12,8 @@ use serde_json::{Map, Value, json};
 use super::extract::{Id, Json, Params, reader};
 use super::problem::Problem;
 use crate::access::{Identity, Role};
-use crate::domain::{Category, Clock, ContactId, Fault, HoldId};
+use crate::domain::{Category, Clock, ContactId, Fault, HoldId, format_time};
+use crate::erasure::Eraser;
 use crate::storage::{HoldScope, RetentionStore};
 
 /// The longest reason, in characters.
@@ -23,6 +24,8 @@ pub const MAX_REASON: usize = 1_000;
 pub struct RetentionApi {
     /// The holds.
     pub store: Arc<dyn RetentionStore>,
+    /// Erasure.
+    pub eraser: Arc<Eraser>,
     /// This machine's clock.
     pub clock: Arc<dyn Clock>,
 }
@@ -31,6 +34,7 @@ pub(super) fn routes(api: RetentionApi) -> Router {
     Router::new()
         .route("/holds", post(place).get(list))
         .route("/holds/{id}", delete(release))
+        .route("/contacts/{contact_id}/events", delete(erase))
         .with_state(api)
 }
 
@@ -61,6 +65,31 @@ async fn list(
     params.finish()?;
     let holds = api.store.holds(Some(&reader.tenant)).await?;
     Ok(JsonBody(json!({ "holds": holds })).into_response())
+}
+
+/// Everything of the contact goes: 200 says what it was, when it is gone.
+async fn erase(
+    State(api): State<RetentionApi>,
+    identity: Identity,
+    Id(contact): Id<ContactId>,
+    params: Params,
+) -> Result<Response, Problem> {
+    let reader = reader(identity, &[Role::Service])?;
+    params.finish()?;
+    let erased = api
+        .eraser
+        .erase(&reader.tenant, contact, &reader.subject)
+        .await?;
+    let body = json!({
+        "erasure_id": erased.id,
+        "contact_id": erased.contact_id,
+        "events": erased.events,
+        "exports": erased.exports.len(),
+        "requested_by": erased.requested_by,
+        "requested_at": format_time(erased.requested_at),
+        "finished_at": erased.finished_at.map(format_time),
+    });
+    Ok(JsonBody(body).into_response())
 }
 
 async fn release(

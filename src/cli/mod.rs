@@ -3,6 +3,7 @@
 
 mod config;
 mod demo;
+mod doctor;
 mod events;
 mod export;
 mod holds;
@@ -79,6 +80,8 @@ enum Command {
     /// Keep events from being deleted, such as for a lawsuit.
     #[command(subcommand)]
     Holds(holds::Command),
+    /// Look for what usually goes wrong, and say how to mend it.
+    Doctor(doctor::Options),
     /// Export a contact's timeline, to a file or by mail.
     Export(export::Options),
 }
@@ -96,6 +99,7 @@ pub async fn execute(cli: Cli) -> ExitCode {
         Command::Events(command) => events::run(&global, &command).await,
         Command::Purge(options) => purge::run(&global, &options).await,
         Command::Holds(command) => holds::run(&global, &command).await,
+        Command::Doctor(options) => doctor::run(&global, &options).await,
         Command::Export(options) => Box::pin(export::run(&global, &options)).await,
     };
     match done {

@@ -114,6 +114,10 @@ uuid_id!(
     /// A legal hold.
     HoldId
 );
+uuid_id!(
+    /// The erasure of a contact.
+    ErasureId
+);
 
 fn name(text: &str) -> Result<Arc<str>, IdError> {
     let length = text.chars().count();

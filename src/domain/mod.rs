@@ -16,8 +16,10 @@ pub use audience::{Audience, Visibility};
 pub use clock::{Clock, ManualClock, SystemClock, micros, parse_time};
 pub use draft::{Fault, Invalid, MAX_FUTURE, NewContactEvent};
 pub use event::{ContactEvent, Delivery, format_time};
-pub use ids::ExportId;
-pub use ids::{AgentId, ContactId, EventId, HoldId, IdError, RunId, SessionId, Subject, TenantId};
+pub use ids::{
+    AgentId, ContactId, ErasureId, EventId, ExportId, HoldId, IdError, RunId, SessionId, Subject,
+    TenantId,
+};
 pub use json::{JsonObject, JsonObjectError};
 pub(crate) use kinds::closed_set;
 pub use kinds::{Category, EventType, Priority, Source, UnknownKind, event_types};

@@ -27,6 +27,7 @@ pub use deliver::Deliver;
 pub use export::ScheduleExports;
 pub use pulse::Pulse;
 pub use purge::{Due, DuePart, Purge};
+pub(crate) use purge::{FIRST_BATCH, next_batch};
 pub use runner::{Runner, RunnerHandle, RunnerSettings};
 
 use crate::domain::RunId;

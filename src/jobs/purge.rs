@@ -24,7 +24,8 @@ const IDEMPOTENCY_KEPT: TimeDelta = TimeDelta::hours(24);
 const EXCESS_FACTOR: u64 = 10;
 const EXCESS_ROWS: u64 = 10_000;
 const COMPARED_RUNS: u32 = 10;
-const FIRST_BATCH: u32 = 100;
+/// How many rows a batch has before it is known how long one takes.
+pub(crate) const FIRST_BATCH: u32 = 100;
 const LARGEST_BATCH: u32 = 10_000;
 
 /// The purge of expired events.
@@ -358,7 +359,7 @@ impl Pace {
 }
 
 /// The size of the next batch: towards `target`, at most half as large again or halved at a time.
-fn next_batch(limit: u32, took: Duration, target: Duration) -> u32 {
+pub(crate) fn next_batch(limit: u32, took: Duration, target: Duration) -> u32 {
     let factor = (target.as_secs_f64() / took.as_secs_f64().max(1e-6)).clamp(0.5, 1.5);
     #[expect(
         clippy::cast_possible_truncation,

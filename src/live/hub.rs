@@ -9,7 +9,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use tokio::sync::mpsc;
 
 use crate::domain::{Audience, ContactEvent, ContactId, EventId, TenantId};
-use crate::storage::Undelivered;
+use crate::storage::{ErasedEvent, Undelivered};
 
 /// What a session is handed.
 #[derive(Debug, Clone)]
@@ -245,6 +245,26 @@ impl Hub {
                     event_id,
                     contact_id,
                 }));
+            }
+        });
+    }
+
+    /// Tells the watchers of a contact that events of it are erased.
+    pub fn tell_erased(
+        &self,
+        tenant: &TenantId,
+        contact_id: ContactId,
+        erased: &[ErasedEvent],
+        now: DateTime<Utc>,
+    ) {
+        self.each_watcher(tenant, contact_id, |ear| {
+            for event in erased {
+                if event.was_visible_to(ear.audience, now) {
+                    drop(ear.pushes.try_send(Push::Removed {
+                        event_id: event.id,
+                        contact_id,
+                    }));
+                }
             }
         });
     }

@@ -41,6 +41,11 @@ macro_rules! migrations {
                 "alerts",
                 include_str!(concat!("../../migrations/", $engine, "/0006_alerts.sql")),
             ),
+            (
+                7,
+                "erasures",
+                include_str!(concat!("../../migrations/", $engine, "/0007_erasures.sql")),
+            ),
         ]
     };
 }

@@ -1,11 +1,13 @@
-//! Storage: two engines behind five traits, chosen by the database's URL.
+//! Storage: two engines behind six traits, chosen by the database's URL.
 //!
 //! [`EventRepository`] keeps the events and what changes beside them, [`JobLedger`] the runs of the
 //! jobs, [`ExportStore`] the export queue, [`RetentionStore`] holds and what was deleted,
-//! [`AlertStore`] what is wrong with which job. Each engine has its SQL in its own files, written the
-//! same wherever it can be; one conformance suite (`tests/storage.rs`) runs every case on both.
+//! [`ErasureStore`] erases contacts, [`AlertStore`] keeps what is wrong with which job. Each engine
+//! has its SQL in its own files, written the same wherever it can be; one conformance suite
+//! (`tests/storage.rs`) runs every case on both.
 
 mod alerts;
+mod erasure;
 mod error;
 mod events;
 mod exports;
@@ -21,6 +23,7 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 pub use alerts::{AlertKind, AlertMail, AlertStore, Failures, JobAlert, MailEnd, Success};
+pub use erasure::{ErasedEvent, Erasure, ErasureState, ErasureStore, Survey};
 pub use error::{StorageError, StorageResult};
 pub use events::{
     Backlog, Change, EventRepository, Filter, Idempotency, Key, MAX_EXACT_TOTAL, Page, Position,
@@ -39,7 +42,7 @@ pub use retention::{
 };
 pub use rows::unreadable_rows;
 
-/// The open database, seen through its four traits.
+/// The open database, seen through its traits.
 #[derive(Clone)]
 pub struct Storage {
     /// The events.
@@ -50,6 +53,8 @@ pub struct Storage {
     pub exports: Arc<dyn ExportStore>,
     /// What is deleted, and what is held.
     pub retention: Arc<dyn RetentionStore>,
+    /// The erasure of contacts.
+    pub erasures: Arc<dyn ErasureStore>,
     /// The troubles of the jobs.
     pub alerts: Arc<dyn AlertStore>,
     /// Cancelled when an acknowledged write can no longer be promised (a failed fsync, a lost
@@ -74,6 +79,7 @@ impl Storage {
             ledger: shared.clone(),
             exports: shared.clone(),
             retention: shared.clone(),
+            erasures: shared.clone(),
             alerts: shared,
             failed: storage.failed(),
             closer: Closer::Sqlite(storage),
@@ -89,6 +95,7 @@ impl Storage {
             ledger: shared.clone(),
             exports: shared.clone(),
             retention: shared.clone(),
+            erasures: shared.clone(),
             alerts: shared,
             failed: CancellationToken::new(),
             closer: Closer::Postgres(storage),

@@ -13,14 +13,15 @@ use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use super::alerts::{AlertMail, JobAlert};
+use super::erasure::{ErasedEvent, Erasure};
 use super::events::{Key, KnownKey, Receipt, Slice, Undelivered};
 use super::exports::{Export, ExportDelivery, ExportRequest, OldFile};
 use super::ledger::{Counts, Fence, JobAction, Pause, Renewed, Run, RunState, SKIPPED, Settled};
 use super::retention::{DeletionEntry, Hold};
 use super::{StorageError, StorageResult};
 use crate::domain::{
-    ContactEvent, ContactId, Delivery, EventId, ExportId, HoldId, IdError, JsonObject, RunId,
-    TenantId, Visibility,
+    ContactEvent, ContactId, Delivery, ErasureId, EventId, ExportId, HoldId, IdError, JsonObject,
+    RunId, TenantId, Visibility,
 };
 
 type Read<T> = Result<T, sqlx::Error>;
@@ -379,6 +380,41 @@ pub(super) fn hold<R: Columns>(row: &R) -> StorageResult<Hold> {
         reason: row.text("reason")?,
         placed_by: row.text("placed_by")?,
         placed_at: row.time("placed_at")?,
+    })
+}
+
+pub(super) fn erasure<R: Columns>(row: &R) -> StorageResult<Erasure> {
+    let row = Reader {
+        row,
+        table: "erasures",
+    };
+    Ok(Erasure {
+        id: row.id("id", ErasureId::new)?,
+        tenant_id: row.parsed("tenant_id")?,
+        contact_id: row.id("contact_id", ContactId::new)?,
+        requested_by: row.parsed("requested_by")?,
+        requested_at: row.time("requested_at")?,
+        up_to: row.time("up_to")?,
+        state: row.parsed("state")?,
+        events: row.count("events")?,
+        exports: row.all_parsed("exports")?,
+        finished_at: row.maybe_time("finished_at")?,
+    })
+}
+
+/// An event that an erasure takes.
+pub(super) fn erased_event<R: Columns>(row: &R) -> StorageResult<ErasedEvent> {
+    let row = Reader {
+        row,
+        table: "contact_events",
+    };
+    Ok(ErasedEvent {
+        id: row.id("id", EventId::new)?,
+        visibility: Visibility {
+            client: row.flag("visible_to_client")?,
+            agent: row.flag("visible_to_agent")?,
+        },
+        expires_at: row.maybe_time("expires_at")?,
     })
 }
 

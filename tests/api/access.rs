@@ -178,6 +178,12 @@ fn routes(event: &str, export: &str, waiting: &str, failed: &str) -> Vec<Route> 
             &[export],
             [403, 200, 200, 403],
         ),
+        route(
+            Method::DELETE,
+            "/api/v1/contacts/{contact_id}/events",
+            &[&contact_of_no_other_route.to_string()],
+            [403, 403, 200, 403],
+        ),
         route(post.clone(), "/api/v1/holds", &[], [403, 403, 201, 403])
             .body(json!({ "contact_id": contact_of_no_other_route })),
         route(get.clone(), "/api/v1/holds", &[], [403, 403, 200, 403]),

@@ -123,6 +123,14 @@ async fn populate(db: &Database) {
             HOLDS,
         ),
         (
+            "erasures (tenant_id, id, contact_id, requested_by, requested_at, up_to, state, finished_at)",
+            format!(
+                "'acme', {event}, {contact}, 'dpo', {at}, {at}, case {HOLDS} - i when 0 then 'running' else 'done' end,
+                 case when {HOLDS} - i > 0 then {at} end"
+            ),
+            HOLDS,
+        ),
+        (
             "holds (tenant_id, id, reason, placed_by, placed_at)",
             format!("'held' || i, {event}, 'a reason', 'somebody', {at}"),
             49,
@@ -518,6 +526,38 @@ async fn check_plans(db: &Database) {
             .check("events::forget", statement, &[acme(), set(&events)], &index)
             .await;
     }
+
+    let erase = [
+        acme(),
+        text(&other),
+        at(40_000),
+        number(100),
+        text(&id("e0000000", 1)),
+        number(1),
+    ];
+    let (function, begin) = db.either(("erasure::delete_events", 0), ("erasure::erase_some", 1));
+    let timeline = "contact_events_timeline";
+    plans.check(function, begin, &erase, timeline).await;
+    if db.engine == Engine::Sqlite {
+        let keys = [acme(), set(&events)];
+        plans
+            .check(function, 2, &keys, "idempotency_keys_event")
+            .await;
+    }
+    plans
+        .check(
+            "erasure::erasures",
+            0,
+            &[at(HOLDS - 5)],
+            "erasures_finished",
+        )
+        .await;
+    let left = [at(HOLDS)];
+    plans
+        .check("erasure::unfinished_erasures", 0, &left, "erasures_running")
+        .await;
+    let survey = [acme(), text(&other)];
+    plans.check("erasure::survey", 0, &survey, timeline).await;
 
     // The worker's looks, all of them across tenants or a tenant's whole history.
     let statements = db.either(3, 1);

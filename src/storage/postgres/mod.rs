@@ -5,6 +5,7 @@
 //! `migrations/postgres`.
 
 mod alerts;
+mod erasure;
 mod events;
 mod exports;
 mod ledger;

@@ -4,6 +4,7 @@
 //! array. The engine's own rules are in `migrations/sqlite`.
 
 mod alerts;
+mod erasure;
 mod events;
 mod exports;
 mod ledger;
