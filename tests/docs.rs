@@ -176,6 +176,28 @@ fn the_files_and_targets_that_the_readme_names_are_there() {
 }
 
 #[test]
+fn the_soak_runs_every_test_that_has_a_long_form() {
+    let makefile = document("Makefile");
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    let mut seen = 0;
+    // `tests/NAME.rs` and the modules `tests/NAME/*.rs`.
+    for directory in fs::read_dir(&tests).unwrap().flatten() {
+        let path = directory.path();
+        let inner = fs::read_dir(&path).into_iter().flatten().flatten();
+        for file in inner.map(|file| file.path()).chain([path.clone()]) {
+            let text = fs::read_to_string(&file).unwrap_or_default();
+            if text.contains("var_os(\"SOAK\")") && !file.ends_with("docs.rs") {
+                let name = path.file_stem().unwrap().to_str().unwrap();
+                let line = format!("\tSOAK=1 $(CARGO) test --locked --test {name}");
+                assert!(makefile.contains(&line), "make soak leaves {name} out");
+                seen += 1;
+            }
+        }
+    }
+    assert!(seen >= 2, "{seen} tests");
+}
+
+#[test]
 fn the_commands_of_the_readme_are_commands() {
     let readme = document("README.md");
     let settings = Settings::new();
