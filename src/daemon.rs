@@ -1,5 +1,7 @@
 //! The composition: configuration → storage → hub → jobs → API. Nothing else knows everything.
 
+use std::collections::BTreeSet;
+use std::fmt;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, ErrorKind, Read as _, Seek as _, Write as _};
 use std::net::SocketAddr;
@@ -337,12 +339,12 @@ impl Daemon {
         self.abort.clone()
     }
 
-    /// Applies what another configuration says of the jobs, or nothing. Answers the jobs that were
-    /// added, changed or removed.
+    /// Applies what another configuration says of jobs, alerts and retention, or nothing. Answers what
+    /// was changed.
     ///
     /// # Errors
     /// The sections that differ and take effect at a start alone.
-    pub fn reload(&mut self, config: Config) -> Result<Vec<String>, String> {
+    pub fn reload(&mut self, config: Config) -> Result<Changes, String> {
         let fixed = fixed_sections(&self.config, &config);
         if !fixed.is_empty() {
             return Err(format!(
@@ -350,19 +352,7 @@ impl Daemon {
                 fixed.join(", ")
             ));
         }
-        let before = &self.config.jobs;
-        let differs = |job: &&JobDefinition| {
-            let same = before.iter().chain(&config.jobs);
-            same.filter(|other| other == job).count() != 2
-        };
-        let mut changed: Vec<String> = before
-            .iter()
-            .chain(&config.jobs)
-            .filter(differs)
-            .map(|job| job.name.clone())
-            .collect();
-        changed.sort();
-        changed.dedup();
+        let changes = Changes::between(&self.config, &config);
         self.runner.replace(self.job_parts.jobs(&config));
         self.definitions
             .send_replace(Arc::from(config.jobs.as_slice()));
@@ -374,7 +364,7 @@ impl Daemon {
             .send_replace(watch_jobs(&self.alert_parts, &config.jobs));
         self.tracker.spawn(async move { before.flush().await });
         self.config = config;
-        Ok(changed)
+        Ok(changes)
     }
 
     /// Stops: nothing new begins, what runs reaches a safe point or is given back, sockets are told.
@@ -417,6 +407,59 @@ impl Daemon {
             tracing::warn!("could not close the database in time");
         }
         tracing::info!("stopped");
+    }
+}
+
+/// What a reload changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Changes {
+    /// The jobs that were added, changed or removed.
+    pub jobs: Vec<String>,
+    /// The sections beside them.
+    pub sections: Vec<&'static str>,
+}
+
+impl Changes {
+    fn between(old: &Config, new: &Config) -> Self {
+        let is_the_same = |name: &str| {
+            let find = |jobs: &[JobDefinition]| jobs.iter().find(|job| job.name == name).cloned();
+            let expect = |config: &Config| config.alerts.expect_within.get(name).copied();
+            find(&old.jobs) == find(&new.jobs) && expect(old) == expect(new)
+        };
+        let names: BTreeSet<&String> = (old.jobs.iter().chain(&new.jobs))
+            .map(|job| &job.name)
+            .collect();
+        let tells = |config: &Config| (config.alerts.to.clone(), config.alerts.after);
+        let sections = [
+            ("[alerts]", tells(old) != tells(new)),
+            ("[[retention]]", old.retention != new.retention),
+        ];
+        Self {
+            jobs: names
+                .into_iter()
+                .filter(|name| !is_the_same(name))
+                .cloned()
+                .collect(),
+            sections: sections
+                .into_iter()
+                .filter_map(|(section, differs)| differs.then_some(section))
+                .collect(),
+        }
+    }
+
+    /// Whether nothing was.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.jobs.is_empty() && self.sections.is_empty()
+    }
+}
+
+impl fmt::Display for Changes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let jobs = (!self.jobs.is_empty()).then(|| format!("jobs: {}", self.jobs.join(", ")));
+        let sections = self.sections.iter().map(|section| (*section).to_owned());
+        let parts: Vec<String> = jobs.into_iter().chain(sections).collect();
+        f.write_str(&parts.join("; "))
     }
 }
 

@@ -100,8 +100,13 @@ fn reload(daemon: &mut Daemon, read: impl Fn() -> Result<Config, String>) {
             tracing::info!("SIGHUP: the configuration is as it was");
         }
         Ok(changed) => {
-            let jobs = changed.join(", ");
-            tracing::info!(jobs, "SIGHUP: the configuration was applied; jobs: {jobs}");
+            let jobs = changed.jobs.join(", ");
+            let sections = changed.sections.join(", ");
+            tracing::info!(
+                jobs,
+                sections,
+                "SIGHUP: the configuration was applied; {changed}"
+            );
         }
         Err(error) => {
             tracing::error!(error, "SIGHUP: nothing was changed: {error}");

@@ -299,6 +299,17 @@ async fn a_hangup_applies_the_jobs_of_the_configuration_or_nothing() {
     })
     .await;
 
+    let alerts = "\n[alerts]\nto = [\"ops@example.com\"]\n";
+    let second = job("second", "every = \"1s\"");
+    write(&format!("{alerts}{first}{second}"));
+    hang_up("SIGHUP: the configuration was applied; [alerts]\"").await;
+    let retention = "\n[[retention]]\ntenant = \"acme\"\nmax_age = \"90d\"\n";
+    write(&format!("{alerts}{first}{second}{retention}"));
+    hang_up("SIGHUP: the configuration was applied; [[retention]]\"").await;
+    let expecting = job("second", "every = \"1s\"\nexpect_within = \"1m\"");
+    write(&format!("{first}{expecting}{retention}"));
+    hang_up("SIGHUP: the configuration was applied; jobs: second; [alerts]\"").await;
+
     write(&first);
     daemon.signal("HUP");
     eventually("it is gone", Duration::from_secs(30), async || {
