@@ -149,6 +149,12 @@ impl Daemon {
             counts.clone(),
         );
         let pump = Arc::new(pump.await.context("cannot read the outbox")?);
+        let pauses = storage.ledger.pauses().await;
+        let pauses = pauses.context("cannot read which jobs are paused")?;
+        pump.set_paused(pauses.iter().any(|pause| {
+            let mut jobs = config.jobs.iter();
+            jobs.any(|job| job.enabled && job.kind.is_delivery() && job.name == pause.job)
+        }));
         if delivery_batch(&config.jobs).is_some() {
             let (pump, stop) = (pump.clone(), stop.clone());
             tracker.spawn(async move { pump.run(stop).await });

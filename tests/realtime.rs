@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use reqwest::Method;
 use serde_json::{Value, json};
 use support::daemon::{
-    Settings, TestDaemon, agent, answer, client, eventually, service, token_until,
+    Settings, TestDaemon, agent, answer, client, eventually, operator, service, token_until,
 };
 use support::database::{Database, Engine};
 use support::socket::Socket;
@@ -108,7 +108,48 @@ async fn only_the_later_comes_again(socket: &mut Socket, later: &Value) {
     );
 }
 
+/// Pauses delivery, or ends the pause, and waits until the daemon has heard of it `times` times.
+async fn control_delivery(daemon: &TestDaemon, action: &str, says: &str, times: usize) {
+    let path = format!("/api/v1/jobs/realtime-delivery/{action}");
+    let (status, body) = daemon.post(&path, &operator(), &json!({})).await;
+    assert_eq!(status, 200, "{body}");
+    let is_said = async || daemon.log().matches(says).count() == times;
+    eventually(says, Duration::from_secs(10), is_said).await;
+}
+
 on_both_engines! {
+    async fn a_pause_holds_everything_back_and_its_end_brings_what_waited(db) {
+        let mut daemon = impatient(db).await;
+        let mut socket = watch(&daemon).await;
+        let before = record(&daemon, CONTACT, &event("before")).await;
+        assert_eq!(socket.next().await["event"]["id"], before["id"]);
+        control_delivery(&daemon, "pause", "delivery is paused", 1).await;
+        let pushed = record(&daemon, CONTACT, &event("within")).await;
+        insert_by_sql(db).await;
+        // Neither what is new, nor what is due again after a second, nor the backlog of a newcomer; and
+        // nobody is late with an acknowledgement.
+        let (mut newcomer, backlog) =
+            Socket::watching(&daemon.address, &agent("acme"), &[CONTACT.to_owned()]).await;
+        assert_eq!(backlog, Vec::<Value>::new());
+        assert!(socket.is_silent_for(Duration::from_secs(3)).await);
+        newcomer.ping().await;
+        // What was sent before is acknowledged still.
+        socket.ack(&[id(&before)]).await;
+        let is_delivered = async || undelivered(&daemon).await.len() == 2;
+        eventually("it is delivered", Duration::from_secs(10), is_delivered).await;
+
+        assert_eq!(daemon.stop().code(), Some(0));
+        daemon.again();
+        let mut socket = watch(&daemon).await;
+        socket.ping().await;
+        control_delivery(&daemon, "resume", "delivery goes on", 1).await;
+        let first = socket.next().await["event"].clone();
+        assert_eq!(first["id"], pushed["id"]);
+        assert_eq!(socket.next().await["event"]["title"], "by SQL");
+        let after = record(&daemon, CONTACT, &event("after")).await;
+        assert_eq!(socket.next().await["event"]["id"], after["id"]);
+    }
+
     async fn an_event_is_pushed_at_once_and_delivered_only_by_the_ack(db) {
         let daemon = daemon(db).await;
         let mut socket = watch(&daemon).await;

@@ -9,7 +9,8 @@ use super::{Ending, Job, JobError, RunContext};
 use crate::live::{LiveCounts, Pump};
 
 /// Looks each second, so that what other programs inserted is pushed too. Commits of this daemon
-/// make the pump look at once; what those looks did is counted in the next run.
+/// make the pump look at once; what those looks did is counted in the next run. A pause stops those
+/// looks too, and all that connections are sent.
 pub struct Deliver {
     pump: Arc<Pump>,
     counts: Arc<LiveCounts>,
@@ -42,5 +43,9 @@ impl Job for Deliver {
         looked?;
         // Also where it was to stop: what is left is no part of this run, the next look finds it.
         Ok(Ending::Finished)
+    }
+
+    fn set_paused(&self, is_paused: bool) {
+        self.pump.set_paused(is_paused);
     }
 }

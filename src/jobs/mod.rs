@@ -114,4 +114,7 @@ impl From<StorageError> for JobError {
 pub trait Job: Send + Sync + 'static {
     /// Does what there is to do, and adds to the context's report what it did.
     async fn run(&self, context: &RunContext) -> Result<Ending, JobError>;
+
+    /// Hears each second whether the job is paused: what it does besides its runs rests meanwhile.
+    fn set_paused(&self, _is_paused: bool) {}
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use chrono::{DateTime, Utc};
 use serde_json::value::{RawValue, to_raw_value};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::domain::{Audience, ContactEvent, ContactId, EventId, TenantId};
 use crate::storage::{ErasedEvent, Undelivered};
@@ -107,6 +107,8 @@ pub struct Hub {
     watchers: RwLock<Watchers>,
     connections: AtomicU64,
     open: AtomicU64,
+    /// Whether delivery is paused.
+    paused: watch::Sender<bool>,
 }
 
 /// A connection that is open; a session that panics ends it too.
@@ -129,6 +131,22 @@ impl Hub {
             number: self.connections.fetch_add(1, Ordering::Relaxed) + 1,
             hub: self.clone(),
         }
+    }
+
+    /// Holds all events back, or no longer. Answers whether that is news.
+    pub(super) fn set_paused(&self, is_paused: bool) -> bool {
+        self.paused
+            .send_if_modified(|was_paused| std::mem::replace(was_paused, is_paused) != is_paused)
+    }
+
+    /// Whether all events are held back.
+    pub(super) fn is_paused(&self) -> bool {
+        *self.paused.borrow()
+    }
+
+    /// Tells when a pause begins and ends.
+    pub(super) fn pauses(&self) -> watch::Receiver<bool> {
+        self.paused.subscribe()
     }
 
     /// How many connections are open.

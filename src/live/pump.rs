@@ -66,6 +66,16 @@ impl Pump {
         })
     }
 
+    /// While delivery is paused, nothing is handed to connections; they keep quiet themselves too. What
+    /// waited goes on at once when the pause ends.
+    pub fn set_paused(&self, is_paused: bool) {
+        if self.hub.set_paused(is_paused) {
+            let what = if is_paused { "is paused" } else { "goes on" };
+            tracing::info!("delivery {what}");
+            self.wake.notify_one();
+        }
+    }
+
     /// Looks whenever a commit of this daemon says so. The poll each second looks besides.
     pub async fn run(&self, stop: CancellationToken) {
         loop {
@@ -102,6 +112,9 @@ impl Pump {
 
     async fn push_new(&self, stop: &CancellationToken) -> StorageResult<()> {
         let mut mark = self.mark.lock().await;
+        if self.hub.is_paused() {
+            return Ok(());
+        }
         let tail = self
             .events
             .tail(&mark, &|tenant, contact| {
@@ -109,7 +122,7 @@ impl Pump {
             })
             .await?;
         for entries in tail.entries.chunks(self.batch) {
-            if stop.is_cancelled() {
+            if stop.is_cancelled() || self.hub.is_paused() {
                 // The mark stays: the next look, if there is one, begins where this one did.
                 return Ok(());
             }

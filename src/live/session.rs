@@ -160,6 +160,11 @@ enum BacklogOf {
 }
 
 impl Backlog {
+    /// Whether it is of no contacts.
+    fn is_empty(&self) -> bool {
+        matches!(&self.of, BacklogOf::Subscription { contacts, .. } if contacts.is_empty())
+    }
+
     fn is_unconfirmed(&self) -> bool {
         matches!(
             self.of,
@@ -265,14 +270,25 @@ impl Session {
         self.welcome().await?;
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut pauses = self.shared.hub.pauses();
+        let mut was_paused = false;
         loop {
-            let reads_backlog = !self.backlogs.is_empty() && self.window_left() > 0;
+            let is_paused = *pauses.borrow_and_update();
+            if is_paused && !was_paused {
+                // Whoever waits for a confirmation is not to wait for the end of the pause.
+                self.confirm().await?;
+            } else if was_paused && !is_paused {
+                self.wait_anew();
+            }
+            was_paused = is_paused;
+            let reads_backlog = !is_paused && !self.backlogs.is_empty() && self.window_left() > 0;
             let next_read = self.next_read();
             tokio::select! {
                 frame = self.socket.recv() => self.receive(frame).await?,
                 Some(push) = self.pushes.recv() => self.take(push).await?,
                 () = tokio::time::sleep_until(next_read), if reads_backlog => self.read_backlog().await?,
                 _ = tick.tick() => self.tick().await?,
+                _ = pauses.changed() => {}
             }
             self.note_missed();
         }
@@ -285,6 +301,14 @@ impl Session {
             window: self.shared.window,
         };
         send(&mut self.socket, &frame).await
+    }
+
+    /// A pause is over: nobody was late in it, and all that is open is due again after its time.
+    fn wait_anew(&mut self) {
+        let now = Instant::now();
+        for open in self.open.values_mut() {
+            (open.first_sent, open.sent) = (now, now);
+        }
     }
 
     fn was_sent(&self, id: EventId) -> bool {
@@ -451,7 +475,11 @@ impl Session {
             after: [0; 4],
             read: 0,
         });
-        self.confirm().await
+        self.confirm().await?;
+        // Else subscribing again and again while nothing is read would fill the queue.
+        self.backlogs
+            .retain(|backlog| backlog.is_unconfirmed() || !backlog.is_empty());
+        Ok(())
     }
 
     fn unsubscribe(&mut self, contacts: &[String]) {
@@ -553,7 +581,8 @@ impl Session {
                     return Ok(());
                 }
                 // In order: what is live waits until the backlog is read and the window is open.
-                if !self.backlogs.is_empty() || self.window_left() == 0 {
+                let is_paused = self.shared.hub.is_paused();
+                if is_paused || !self.backlogs.is_empty() || self.window_left() == 0 {
                     self.missed.note(event.rank, event.seq);
                     return Ok(());
                 }
@@ -702,9 +731,11 @@ impl Session {
 
     /// Confirms subscriptions whose first window was read. Where the window is full, whoever sent
     /// it, that is all of them: they are registered with the hub, so that nothing can be missed, and
-    /// a client that waits for the confirmation before it acknowledges must not wait for ever.
+    /// a client that waits for the confirmation before it acknowledges must not wait for ever. The
+    /// same while delivery is paused.
     async fn confirm(&mut self) -> Result<(), End> {
-        let (window, is_full) = (self.shared.window, self.window_left() == 0);
+        let window = self.shared.window;
+        let is_full = self.window_left() == 0 || self.shared.hub.is_paused();
         for index in 0..self.backlogs.len() {
             if let Some(Backlog {
                 of: BacklogOf::Subscription { confirm, .. },
@@ -757,6 +788,9 @@ impl Session {
                 .expires_at
                 .is_none_or(|expires_at| expires_at > now)
         });
+        if self.shared.hub.is_paused() {
+            return Ok(());
+        }
         let oldest = self.open.values().map(|open| open.first_sent).min();
         if oldest.is_some_and(|sent| at.duration_since(sent.max(self.last_ack)) >= timeout * 2) {
             return Err(End::Close(Close::NotAcknowledging));

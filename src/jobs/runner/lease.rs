@@ -215,6 +215,12 @@ async fn look(shared: &Arc<Shared>) -> StorageResult<()> {
     if let Some(alerts) = &shared.settings.alerts {
         alerts.borrow().set_paused(paused.clone());
     }
+    for slot in &*shared.jobs() {
+        // Only one delivery job is enabled, and a second one must not speak for it.
+        if slot.definition.enabled {
+            slot.job.set_paused(paused.contains(&slot.definition.name));
+        }
+    }
     *shared.paused.lock().unwrap_or_else(PoisonError::into_inner) = paused;
     if seen.lapses_at.is_some_and(|at| at < seen.now) {
         for run in ledger.take_over(*daemon, shared.now()).await? {
