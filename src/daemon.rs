@@ -289,6 +289,7 @@ impl Daemon {
         }
         tracing::info!(
             http.listen = %address,
+            http.ops_listen = ops_address.map(tracing::field::display),
             node.id = %daemon,
             database = storage.engine(),
             version = env!("CARGO_PKG_VERSION"),

@@ -152,7 +152,8 @@ impl<'a> Installation<'a> {
     }
 }
 
-fn subjects(mails: &Path) -> Vec<String> {
+/// The subjects of the alerts in a directory of mails, sorted.
+pub(crate) fn subjects(mails: &Path) -> Vec<String> {
     let Ok(files) = std::fs::read_dir(mails) else {
         return Vec::new();
     };

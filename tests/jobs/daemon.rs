@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use timelined::domain::{Clock as _, SystemClock};
 use timelined::storage::RunState;
 
+use crate::alerts::subjects;
 use crate::support::builders::MICRO;
 use crate::support::daemon::{Settings, TestDaemon, agent, answer, eventually, operator, service};
 use crate::support::database::{Database, Engine, run};
@@ -204,6 +205,37 @@ on_both_engines! {
         assert_eq!(db.count("contact_events").await, 10);
     }
 
+    async fn a_job_that_fails_is_mailed_once_and_so_is_its_recovery(db) {
+        let purge = purging("every = \"1s\"").replace("timeout", "retry = { attempts = 1 }\ntimeout");
+        let daemon = settings(db, &format!("[alerts]\nto = [\"ops@example.com\"]\nafter = 3\n{purge}"))
+            .await
+            .env("TIMELINED__HTTP__OPS_LISTEN", "127.0.0.1:0")
+            .start();
+        let has_ended = async |state: &str, times: i64| {
+            db.count(&format!("job_runs where state = '{state}'")).await >= times
+        };
+        let outbox = daemon.state.join("outbox");
+        eventually("it succeeds", PATIENCE, async || has_ended("succeeded", 1).await).await;
+
+        db.execute("alter table idempotency_keys rename to gone").await.unwrap();
+        eventually("it fails again and again", PATIENCE, async || has_ended("failed", 6).await).await;
+        let told = "purge-expired failed 3 times in a row";
+        eventually("a mail", PATIENCE, async || subjects(&outbox) == [told]).await;
+        let failing = "timelined_job_alert_active{job=\"purge-expired\",kind=\"failure\"} ";
+        assert_eq!(metric(&daemon, failing).await.as_deref(), Some("1"));
+        let in_a_row = metric(&daemon, "timelined_job_failures_in_a_row{job=\"purge-expired\"} ").await;
+        assert!(in_a_row.unwrap().parse::<u64>().unwrap() >= 3);
+
+        db.execute("alter table gone rename to idempotency_keys").await.unwrap();
+        let both = [told, "purge-expired succeeded again"];
+        eventually("it has recovered", PATIENCE, async || subjects(&outbox).len() > 1).await;
+        let before = db.count("job_runs where state = 'succeeded'").await;
+        eventually("it goes on", PATIENCE, async || has_ended("succeeded", before + 2).await).await;
+        assert_eq!(subjects(&outbox), both);
+        assert_eq!(mails(&daemon), 2);
+        assert_eq!(metric(&daemon, failing).await.as_deref(), Some("0"));
+    }
+
     async fn a_purge_by_command_that_is_interrupted_stops_between_batches_and_leaves_a_run(db) {
         expired(db, "acme", 20_000, SystemClock.now() - TimeDelta::days(8)).await;
         let settings = settings(db, &purging(NEVER)).await;
@@ -258,6 +290,17 @@ on_both_engines! {
         assert!(p95 < Duration::from_millis(150), "p95 of {}: {p95:?}", waits.len());
         assert_eq!(db.count("contact_events").await, i64::try_from(waits.len()).unwrap());
     }
+}
+
+/// What `/metrics` says behind these words.
+async fn metric(daemon: &TestDaemon, words: &str) -> Option<String> {
+    let log = daemon.log();
+    let (_, rest) = log.split_once("\"http.ops_listen\":\"").unwrap();
+    let address = rest.split('"').next().unwrap();
+    let answer = daemon.http.get(format!("http://{address}/metrics"));
+    let text = answer.send().await.unwrap().text().await.unwrap();
+    let mut lines = text.lines();
+    lines.find_map(|line| Some(line.strip_prefix(words)?.to_owned()))
 }
 
 /// Exactly one line, with every field that an operator looks for.
