@@ -8,7 +8,7 @@ use crate::api::show_jobs;
 use crate::config::{Config, JobDefinition};
 use crate::domain::{RunId, Subject, format_time};
 use crate::jobs;
-use crate::storage::{JobAction, JobLedger, Run, RunState};
+use crate::storage::{JobAction, Run, RunState, Storage};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
@@ -54,6 +54,9 @@ pub(super) enum Command {
     },
 }
 
+/// What is shown of a purge that its guard holds back.
+const WAITS: &str = "waits for an operator, since it would delete far more than usual: look with \
+    `timelined purge --dry-run`, and let it go on with `timelined purge --confirm`";
 /// How many runs and actions are shown with a job.
 const SHOWN: u32 = 5;
 
@@ -79,18 +82,14 @@ pub(super) async fn run(global: &Global, command: &Command) -> Done {
         find(&config, name)?;
     }
     let storage = open(&config).await?;
-    let done = answer(global, command, &config, &*storage.ledger).await;
+    let done = answer(global, command, &config, &storage).await;
     storage.close().await;
     done
 }
 
-async fn answer(
-    global: &Global,
-    command: &Command,
-    config: &Config,
-    ledger: &dyn JobLedger,
-) -> Done {
+async fn answer(global: &Global, command: &Command, config: &Config, storage: &Storage) -> Done {
     let clock = clock();
+    let ledger = &*storage.ledger;
     let by = Subject::new("command line").expect("a short text");
     match command {
         Command::List => {
@@ -102,9 +101,18 @@ async fn answer(
             let jobs = show_jobs(std::slice::from_ref(job), ledger, &*clock).await?;
             let runs = ledger.runs(name, None, SHOWN).await?;
             let actions = ledger.actions(name, SHOWN).await?;
-            let shown = json!({ "job": jobs[0], "runs": runs, "actions": actions });
+            let alerts = storage.alerts.alerts(std::slice::from_ref(name)).await?;
+            let waits = alerts.iter().any(|alert| alert.waits_for_operator);
+            let shown = json!({
+                "job": jobs[0], "runs": runs, "actions": actions, "waits_for_operator": waits,
+            });
             print(global, &shown, || {
-                let mut text = format!("{}\n\n{}", table(&jobs), history(&runs));
+                let mut text = table(&jobs);
+                if waits {
+                    text.push_str("\n\n");
+                    text.push_str(WAITS);
+                }
+                text.push_str(&format!("\n\n{}", history(&runs)));
                 if !actions.is_empty() {
                     text.push_str("\n\n");
                     text.push_str(&deeds(&actions));

@@ -14,7 +14,7 @@ use crate::config::{Config, JobKind};
 use crate::daemon;
 use crate::domain::{Cause, Retention, RunId, Subject, format_time};
 use crate::jobs::{Due, DuePart, Ending, Job as _, Report, RunContext};
-use crate::storage::{Run, RunState, Trigger};
+use crate::storage::{Run, RunState, Success, Trigger};
 use crate::telemetry::chain;
 
 /// The period where the configuration has no purge.
@@ -99,6 +99,13 @@ pub(super) async fn run(global: &Global, options: &Options) -> Done {
         match run.error {
             None => {
                 recorded?;
+                // Who was told that it waits is to hear that it waits no more.
+                let success = Success {
+                    job: run.job,
+                    at: clock.now(),
+                    ends_failures: true,
+                };
+                storage.alerts.note_successes(&[success]).await?;
                 print(global, &json!({ "deleted": deleted, "run_id": id }), || {
                     format!("deleted {deleted} events")
                 })

@@ -681,6 +681,9 @@ fn added(before: Option<Failures>, after: Failures) -> Failures {
 fn tell(alert: &JobAlert, mail: AlertMail) {
     let JobAlert { job, kind, .. } = alert;
     match (mail, kind) {
+        (AlertMail::Alert, AlertKind::Failure) if alert.waits_for_operator => {
+            tracing::error!(job.name = job, alert.kind = %kind, "{job} waits for an operator");
+        }
         (AlertMail::Alert, AlertKind::Failure) => {
             let failures = alert.failures();
             tracing::error!(job.name = job, alert.kind = %kind, failures, "{job} failed {failures} times in a row");

@@ -57,6 +57,8 @@ pub struct JobAlert {
     pub reached: Vec<String>,
     /// Until when it is somebody's, or waits for its next attempt.
     pub claimed_until: Option<DateTime<Utc>>,
+    /// Of failures: it is a purge that its guard holds back until an operator confirms it.
+    pub waits_for_operator: bool,
 }
 
 impl JobAlert {

@@ -465,6 +465,7 @@ pub(super) fn job_alert<R: Columns>(row: &R) -> StorageResult<JobAlert> {
         attempts: row.count("attempts")?,
         reached: row.read("reached", row.row.texts("reached"))?,
         claimed_until: row.maybe_time("claimed_until")?,
+        waits_for_operator: row.flag("waits_for_operator")?,
     })
 }
 

@@ -236,6 +236,42 @@ on_both_engines! {
         assert_eq!(metric(&daemon, failing).await.as_deref(), Some("0"));
     }
 
+    async fn a_purge_that_waits_for_an_operator_says_so_at_once_and_what_to_do(db) {
+        let alerts = "[alerts]\nto = [\"ops@example.com\"]\n";
+        let daemon = settings(db, &format!("{alerts}{}", purging(NEVER))).await.start();
+        let long_ago = SystemClock.now() - TimeDelta::days(20);
+        expired(db, "acme", 1, long_ago).await;
+        let id = ask_for(&daemon, "purge-expired").await;
+        assert_eq!(ended(&daemon, "purge-expired", &id).await["counts"], json!({ "deleted": 1 }));
+        expired(db, "acme", 10_001, long_ago).await;
+        let id = ask_for(&daemon, "purge-expired").await;
+        let run = ended(&daemon, "purge-expired", &id).await;
+        let what_to_do = "look with `timelined purge --dry-run`, and let it go on with `timelined purge --confirm`";
+        assert_eq!((&run["state"], &run["attempt"]), (&json!("failed"), &json!(1)));
+        assert!(run["error"].as_str().unwrap().ends_with(what_to_do), "{run}");
+        let outbox = daemon.state.join("outbox");
+        let told = "purge-expired waits for an operator";
+        eventually("a mail after one failure", PATIENCE, async || subjects(&outbox) == [told]).await;
+        let mail = std::fs::read_dir(&outbox).unwrap().find_map(|file| {
+            let path = file.unwrap().path();
+            path.extension().is_some_and(|end| end == "eml").then(|| std::fs::read_to_string(path).unwrap())
+        });
+        assert!(mail.unwrap().replace("=\r\n", "").contains("`timelined purge --confirm`"));
+        let output = |arguments: &[&str]| {
+            let output = daemon.settings().command(arguments).output().unwrap();
+            assert!(output.status.success(), "{output:?}");
+            String::from_utf8(output.stdout).unwrap()
+        };
+        assert!(output(&["jobs", "show", "purge-expired"]).contains("waits for an operator"));
+        let shown: Value = serde_json::from_str(&output(&["jobs", "show", "purge-expired", "--json"])).unwrap();
+        assert_eq!(shown["waits_for_operator"], true);
+
+        assert_eq!(output(&["purge", "--confirm"]), "deleted 10001 events\n");
+        assert!(!output(&["jobs", "show", "purge-expired"]).contains("waits for an operator"));
+        let both = ["purge-expired succeeded again", told];
+        eventually("the recovery is told", PATIENCE, async || subjects(&outbox) == both).await;
+    }
+
     async fn a_purge_by_command_that_is_interrupted_stops_between_batches_and_leaves_a_run(db) {
         expired(db, "acme", 20_000, SystemClock.now() - TimeDelta::days(8)).await;
         let settings = settings(db, &purging(NEVER)).await;

@@ -89,9 +89,29 @@ on_both_engines! {
                 attempts: 0,
                 reached: Vec::new(),
                 claimed_until: None,
+                waits_for_operator: false,
             });
         }
         assert_eq!(db.alerts.alerts(&["other".to_owned()]).await.unwrap(), []);
+    }
+
+    async fn a_purge_that_is_held_back_waits_for_an_operator_until_it_is_confirmed(db) {
+        watched(db).await;
+        let waits = async || {
+            let found = db.alerts.alerts(&jobs()).await.unwrap();
+            found.iter().map(|alert| (alert.kind, alert.waits_for_operator)).collect::<Vec<_>>()
+        };
+        let nobody = [(AlertKind::Failure, false), (AlertKind::Silence, false)];
+        db.retention.hold_back("another", 20_000, 9, t0()).await.unwrap();
+        assert_eq!(waits().await, nobody);
+        db.retention.hold_back(JOB, 20_000, 9, t0()).await.unwrap();
+        assert_eq!(waits().await, [(AlertKind::Failure, true), (AlertKind::Silence, false)]);
+        // Also in what a claim answers.
+        let failing = fail(db, 1, t0()).await;
+        let claimed = claim(db, &failing, AlertMail::Alert, t0()).await;
+        assert!(claimed.unwrap().waits_for_operator);
+        db.retention.confirm(JOB, &subject("ana"), t0()).await.unwrap();
+        assert_eq!(waits().await, nobody);
     }
 
     async fn failures_add_up_until_a_success_and_then_begin_anew(db) {

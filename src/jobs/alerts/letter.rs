@@ -65,6 +65,17 @@ fn words(alert: &JobAlert, mail: AlertMail, paper: &Stationery<'_>) -> (String, 
         |within| format!("for more than {within}"),
     );
     match (mail, alert.kind) {
+        (AlertMail::Alert, AlertKind::Failure) if alert.waits_for_operator => {
+            let still = if alert.mails == 0 { "" } else { "still " };
+            (
+                format!("job {job} {still}waits for an operator"),
+                format!(
+                    "The job {job} {still}would delete far more than usual, and deletes nothing \
+                     until an operator lets it: look with `timelined purge --dry-run`, and let it \
+                     go on with `timelined purge --confirm`."
+                ),
+            )
+        }
         (AlertMail::Alert, AlertKind::Failure) => {
             let times = times(alert.failures());
             if alert.mails == 0 {
@@ -196,6 +207,7 @@ mod tests {
             attempts: 1,
             reached: Vec::new(),
             claimed_until: None,
+            waits_for_operator: false,
         }
     }
 
@@ -221,6 +233,12 @@ mod tests {
             last_success: Some(at(30)),
             ..still.clone()
         };
+        let waiting = JobAlert {
+            count: 1,
+            error: Some("would delete more than 10000 events".to_owned()),
+            waits_for_operator: true,
+            ..failing.clone()
+        };
         let silent = alert(AlertKind::Silence);
         let alive = JobAlert {
             since: at(30),
@@ -231,6 +249,7 @@ mod tests {
             letter(&failing, AlertMail::Alert),
             letter(&still, AlertMail::Alert),
             letter(&over, AlertMail::Recovery),
+            letter(&waiting, AlertMail::Alert),
             letter(&silent, AlertMail::Alert),
             letter(&alive, AlertMail::Recovery),
         ]

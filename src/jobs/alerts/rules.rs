@@ -40,7 +40,8 @@ pub(super) struct Expectation {
     pub(super) is_excused: bool,
 }
 
-/// What becomes of failures in a row, of which `after` are too many.
+/// What becomes of failures in a row, of which `after` are too many; one, where only an operator can
+/// end them.
 pub(super) fn of_failures(
     alert: &JobAlert,
     after: u32,
@@ -48,6 +49,7 @@ pub(super) fn of_failures(
     now: DateTime<Utc>,
 ) -> Verdict {
     let failures = alert.failures();
+    let after = if alert.waits_for_operator { 1 } else { after };
     // Somebody was told when fewer were too many.
     let is_active = failures >= u64::from(after) || (failures > 0 && alert.is_told());
     let step = if is_half_told(alert, AlertMail::Recovery) {
@@ -150,6 +152,7 @@ mod tests {
             attempts: 0,
             reached: Vec::new(),
             claimed_until: None,
+            waits_for_operator: false,
         }
     }
 
@@ -206,6 +209,19 @@ mod tests {
         assert_eq!(failures(&failing(2), at(1)), (false, Step::Rest));
         assert_eq!(failures(&failing(3), at(1)), (true, ALERT));
         assert_eq!(failures(&failing(9), at(1)), (true, ALERT));
+    }
+
+    #[test]
+    fn what_only_an_operator_can_end_is_told_at_once() {
+        let waiting = |count| JobAlert {
+            waits_for_operator: true,
+            ..failing(count)
+        };
+        assert_eq!(failures(&waiting(0), at(1)), (false, Step::Rest));
+        assert_eq!(failures(&waiting(1), at(1)), (true, ALERT));
+        assert_eq!(failures(&told(waiting(2)), at(11)), (true, Step::Rest));
+        // It is confirmed, and at work.
+        assert_eq!(failures(&told(failing(1)), at(11)), (true, Step::Rest));
     }
 
     #[test]

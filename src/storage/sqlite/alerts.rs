@@ -12,7 +12,10 @@ use crate::storage::{StorageResult, rows};
 
 macro_rules! alert_columns {
     () => {
-        "job, kind, since, count, error, last_success, mails, mailed_at, mailing, attempts, reached, claimed_until"
+        "job, kind, since, count, error, last_success, mails, mailed_at, mailing, attempts, reached, claimed_until,
+         kind = 'failure' and exists (
+             select 1 from purge_guard g
+             where g.job = job_alerts.job and g.confirmed_at is null) as waits_for_operator"
     };
 }
 
