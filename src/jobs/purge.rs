@@ -24,6 +24,11 @@ const IDEMPOTENCY_KEPT: TimeDelta = TimeDelta::hours(24);
 const EXCESS_FACTOR: u64 = 10;
 const EXCESS_ROWS: u64 = 10_000;
 const COMPARED_RUNS: u32 = 10;
+/// How long a batch waits before it is tried again where others were in its way, doubled each time up
+/// to the longest, and how long in all before its sweep is left to the next attempt.
+const FIRST_WAIT: Duration = Duration::from_millis(100);
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(30);
 /// How many rows a batch has before it is known how long one takes.
 pub(crate) const FIRST_BATCH: u32 = 100;
 const LARGEST_BATCH: u32 = 10_000;
@@ -64,10 +69,18 @@ impl Job for Purge {
         }
         let sweeps = self.sweeps(context).await?;
         let Some(excess) = self.find_excess(&sweeps).await? else {
+            let mut contended = None;
             for sweep in &sweeps {
-                if self.sweep(context, sweep).await? == Ending::Unfinished {
-                    return Ok(Ending::Unfinished);
+                match self.sweep(context, sweep).await {
+                    Ok(Ending::Finished) => {}
+                    Ok(Ending::Unfinished) => return Ok(Ending::Unfinished),
+                    // A lock that somebody keeps in one tenant holds up no other.
+                    Err(error) if error.is_contended() => contended = Some(error),
+                    Err(error) => return Err(error.into()),
                 }
+            }
+            if let Some(error) = contended {
+                return Err(error.into());
             }
             self.store.end_guard(&self.job).await?;
             if self.forget_idempotency_keys(context).await? == Ending::Unfinished {
@@ -205,7 +218,16 @@ impl Purge {
                 fence: context.fence,
                 now: self.clock.now(),
             };
-            let batch = self.store.sweep(sweep, after, limit, deletion).await?;
+            let batch = match self.store.sweep(sweep, after, limit, deletion).await {
+                Ok(batch) => batch,
+                Err(error) if error.is_contended() => {
+                    if !pace.yield_to_others(context).await {
+                        return Err(error);
+                    }
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             after = batch.last;
             context.report.add("deleted", batch.deleted);
             context.report.add("held", batch.held);
@@ -291,6 +313,8 @@ struct Pace {
     began: Instant,
     took: Duration,
     deleted: u64,
+    /// How long it waited for others since its last batch.
+    waited: Duration,
 }
 
 impl Pace {
@@ -302,6 +326,7 @@ impl Pace {
             began: Instant::now(),
             took: Duration::ZERO,
             deleted: 0,
+            waited: Duration::ZERO,
         }
     }
 
@@ -319,6 +344,7 @@ impl Pace {
     fn is_end(&mut self, seen: u64, deleted: u64) -> bool {
         self.took = self.began.elapsed();
         self.deleted = deleted;
+        self.waited = Duration::ZERO;
         tracing::debug!(
             seen,
             deleted,
@@ -344,6 +370,26 @@ impl Pace {
         #[expect(clippy::cast_precision_loss, reason = "a batch has few rows")]
         let slow = Duration::from_secs_f64(self.deleted as f64 / f64::from(self.max_rate));
         fair.max(slow.saturating_sub(self.took))
+    }
+
+    /// Waits a moment for whoever was in the way of a batch, which comes again half as large. Answers
+    /// whether it is worth it.
+    async fn yield_to_others(&mut self, context: &RunContext) -> bool {
+        let wait = self.waited.clamp(FIRST_WAIT, LONGEST_WAIT);
+        if self.waited + wait > PATIENCE {
+            return false;
+        }
+        tracing::debug!(
+            limit = self.limit,
+            "others were in the way of a batch; trying a smaller one"
+        );
+        self.waited += wait;
+        self.limit = (self.limit / 2).max(1);
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = context.stop.cancelled() => {}
+        }
+        true
     }
 
     async fn pause(&self, context: &RunContext, is_end: bool) {

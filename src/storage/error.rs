@@ -52,6 +52,19 @@ impl StorageError {
     pub fn is_transient(&self) -> bool {
         matches!(self, Self::Full(_) | Self::Unavailable(_))
     }
+
+    /// Whether others were in the way: a lock or the statement took longer than its timeout. The
+    /// database is there, and asking for less may do.
+    #[must_use]
+    pub fn is_contended(&self) -> bool {
+        let Self::Unavailable(error) = self else {
+            return false;
+        };
+        let error = error.as_database_error();
+        let code = error.and_then(sqlx::error::DatabaseError::code);
+        // lock_not_available, query_canceled, deadlock_detected, serialization_failure
+        matches!(code.as_deref(), Some("55P03" | "57014" | "40P01" | "40001"))
+    }
 }
 
 // SQLite's result codes: https://www.sqlite.org/rescode.html

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, TimeDelta, Utc};
 use reqwest::Method;
 use serde_json::{Value, json};
+use sqlx::postgres::PgConnection;
+use sqlx::{AssertSqlSafe, Connection as _};
 use timelined::domain::{Clock as _, SystemClock};
 use timelined::storage::RunState;
 
@@ -358,6 +360,61 @@ fn the_run_ended_in_one_line(daemon: &TestDaemon, run: &Value) {
     let counts: Value = serde_json::from_str(line["counts"].as_str().unwrap()).unwrap();
     assert_eq!(counts, run["counts"]);
     assert_eq!(line["error"], run["error"]);
+}
+
+/// A transaction of another program, which keeps what it has locked.
+async fn locking(db: &Database, what: &str) -> PgConnection {
+    let mut other = PgConnection::connect(&db.url().await).await.unwrap();
+    let sql = format!("begin; select 1 from {what} for update");
+    let locked = sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut other).await;
+    assert!(locked.unwrap().rows_affected() >= 1);
+    other
+}
+
+#[test]
+fn a_purge_goes_around_what_others_have_locked_and_takes_it_later() {
+    run(Engine::Postgres, async |db: &Database| {
+        let long_ago = SystemClock.now() - TimeDelta::days(8);
+        for tenant in ["acme", "globex"] {
+            expired(db, tenant, 300, long_ago).await;
+        }
+        let read = "insert into event_reads (tenant_id, event_id, reader, read_at)
+                    select tenant_id, id, 'ann', created_at from contact_events";
+        db.execute(read).await.unwrap();
+        let last = |tenant: &str| {
+            format!(
+                "(select id from contact_events where tenant_id = '{tenant}' order by seq desc limit 1)"
+            )
+        };
+        // What hangs on an event is waited for, with all that its batch has locked; an event is not.
+        let receipt = format!("event_reads where event_id = {}", last("acme"));
+        let mut receipt = locking(db, &receipt).await;
+        let event = format!("contact_events where id = {}", last("globex"));
+        let event = locking(db, &event).await;
+        let daemon = settings(db, &purging(NEVER)).await.start();
+        let id = ask_for(&daemon, "purge-expired").await;
+        eventually("all but the locked one are gone", PATIENCE, async || {
+            db.count("contact_events where tenant_id = 'acme'").await == 1
+        })
+        .await;
+        let waiting = "pg_stat_activity where wait_event_type = 'Lock' and now() - query_start > interval '1 s'";
+        assert_eq!(db.count(waiting).await, 0, "nobody waits for long");
+        sqlx::raw_sql("rollback")
+            .execute(&mut receipt)
+            .await
+            .unwrap();
+        let run = ended(&daemon, "purge-expired", &id).await;
+        assert_eq!(
+            (&run["state"], &run["attempt"]),
+            (&json!("succeeded"), &json!(1))
+        );
+        assert_eq!(run["counts"], json!({ "deleted": 599 }));
+        event.close().await.unwrap();
+        let id = ask_for(&daemon, "purge-expired").await;
+        let run = ended(&daemon, "purge-expired", &id).await;
+        assert_eq!(run["counts"], json!({ "deleted": 1 }));
+        assert_eq!(db.count("event_reads").await, 0);
+    });
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! PostgreSQL 15 and newer: shared by any number of daemons.
 //!
-//! Two pools by role, so that a long purge never stands in front of a request. Daemons share work by
+//! Pools by role, so that a long purge never stands in front of a request. Daemons share work by
 //! `for update skip locked`: what another one holds is being done. The schema's own rules are in
 //! `migrations/postgres`.
 
@@ -51,6 +51,12 @@ const WORKER: Limits = Limits {
     statement: "60s",
     lock: "5s",
 };
+/// Batches of the purge, which should take 50 ms. While one waits for a lock, others wait for those
+/// that it has: it gives up before they notice, and comes again with less.
+const PURGE: Limits = Limits {
+    statement: "5s",
+    lock: "100ms",
+};
 /// An index over a large table takes its time; a second daemon waits until the first has migrated.
 const MIGRATION: Limits = Limits {
     statement: "0",
@@ -64,8 +70,10 @@ pub struct PgStorage {
     options: PgConnectOptions,
     /// HTTP and realtime.
     foreground: PgPool,
-    /// Ledger, exports and purge.
+    /// Ledger, exports, and what the purge reads.
     worker: PgPool,
+    /// What the purge deletes.
+    purge: PgPool,
 }
 
 impl PgStorage {
@@ -84,10 +92,12 @@ impl PgStorage {
         }
         let foreground = pool(&options, FOREGROUND, 10, 1);
         let worker = pool(&options, WORKER, 4, 0);
+        let purge = pool(&options, PURGE, 2, 0);
         let storage = Self {
             options,
             foreground,
             worker,
+            purge,
         };
         // Not by a pool, which would try a refused connection again until its timeout, and then
         // say only that it took too long.
@@ -125,6 +135,7 @@ impl PgStorage {
     pub(super) async fn close(&self) {
         self.foreground.close().await;
         self.worker.close().await;
+        self.purge.close().await;
         tracing::debug!("closed the database's connections");
     }
 

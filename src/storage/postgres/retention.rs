@@ -1,7 +1,8 @@
 //! Retention on PostgreSQL.
 //!
 //! A batch is one statement: a daemon that is frozen between the statements of a transaction would
-//! keep its locks. It reads a window of the index and only then drops what a hold or another rule
+//! keep its locks. It has timeouts of its own, and whoever asked for it asks for less when it runs into
+//! one. It reads a window of the index and only then drops what a hold or another rule
 //! keeps, so that it costs the same however much that is.
 
 use async_trait::async_trait;
@@ -281,7 +282,7 @@ impl RetentionStore for PgStorage {
                 .bind(&sweep.rule)
                 .bind(sweep.cause.as_str())
                 .bind(deletion.now)
-                .fetch_one(&self.worker)
+                .fetch_one(&self.purge)
                 .await?;
             if !row.flag("is_ours")? {
                 return Err(StorageError::Fenced);
