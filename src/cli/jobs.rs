@@ -54,9 +54,6 @@ pub(super) enum Command {
     },
 }
 
-/// What is shown of a purge that its guard holds back.
-const WAITS: &str = "waits for an operator, since it would delete far more than usual: look with \
-    `timelined purge --dry-run`, and let it go on with `timelined purge --confirm`";
 /// How many runs and actions are shown with a job.
 const SHOWN: u32 = 5;
 
@@ -98,19 +95,21 @@ async fn answer(global: &Global, command: &Command, config: &Config, storage: &S
         }
         Command::Show { name } => {
             let job = find(config, name)?;
-            let jobs = show_jobs(std::slice::from_ref(job), ledger, &*clock).await?;
+            let shown = show_jobs(std::slice::from_ref(job), ledger, &*clock).await?;
             let runs = ledger.runs(name, None, SHOWN).await?;
             let actions = ledger.actions(name, SHOWN).await?;
             let alerts = storage.alerts.alerts(std::slice::from_ref(name)).await?;
             let waits = alerts.iter().any(|alert| alert.waits_for_operator);
-            let shown = json!({
-                "job": jobs[0], "runs": runs, "actions": actions, "waits_for_operator": waits,
+            let all = json!({
+                "job": shown[0], "runs": runs, "actions": actions, "waits_for_operator": waits,
             });
-            print(global, &shown, || {
-                let mut text = table(&jobs);
+            print(global, &all, || {
+                let mut text = table(&shown);
                 if waits {
-                    text.push_str("\n\n");
-                    text.push_str(WAITS);
+                    text.push_str(&format!(
+                        "\n\nwaits for an operator, since it would delete far more than usual: {}",
+                        jobs::what_to_do(name)
+                    ));
                 }
                 text.push_str(&format!("\n\n{}", history(&runs)));
                 if !actions.is_empty() {
@@ -189,13 +188,13 @@ fn no_run(run: RunId) -> Failure {
 
 fn deeds(actions: &[JobAction]) -> String {
     let mut lines = vec![format!(
-        "{:<28} {:<8} {:<37} {}",
+        "{:<28} {:<16} {:<37} {}",
         "DONE AT", "ACTION", "RUN", "BY"
     )];
     lines.extend(actions.iter().map(|did| {
         let run = did.run_id.map(|run| run.to_string()).unwrap_or_default();
         format!(
-            "{:<28} {:<8} {run:<37} {}",
+            "{:<28} {:<16} {run:<37} {}",
             format_time(did.at),
             did.action,
             did.actor

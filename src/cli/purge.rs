@@ -28,27 +28,43 @@ pub(super) struct Options {
     /// Delete it even if it is far more than usual.
     #[arg(long, conflicts_with = "dry_run")]
     confirm: bool,
+    /// The purge, where the configuration has several; without it, the first.
+    #[arg(long, value_name = "NAME")]
+    job: Option<String>,
 }
 
 /// The name, the period and the rate of the configured purge.
-fn configured(config: &Config) -> (String, Duration, u32) {
-    config
-        .jobs
-        .iter()
-        .find_map(|job| match job.kind {
+fn configured(config: &Config, name: Option<&str>) -> Result<(String, Duration, u32), Failure> {
+    let purges: Vec<(&str, Duration, u32)> = (config.jobs.iter())
+        .filter_map(|job| match job.kind {
             JobKind::PurgeExpired {
                 older_than,
                 max_rate,
                 ..
-            } => Some((job.name.clone(), older_than, max_rate)),
+            } => Some((&*job.name, older_than, max_rate)),
             _ => None,
         })
-        .unwrap_or_else(|| ("purge-expired".to_owned(), DEFAULT_PERIOD, 0))
+        .collect();
+    let found = match name {
+        Some(name) => purges.iter().find(|(job, ..)| *job == name),
+        None => purges.first(),
+    };
+    match (found, name) {
+        (Some((job, older_than, max_rate)), _) => Ok(((*job).to_owned(), *older_than, *max_rate)),
+        (None, None) => Ok(("purge-expired".to_owned(), DEFAULT_PERIOD, 0)),
+        (None, Some(name)) => {
+            let names: Vec<&str> = purges.iter().map(|(job, ..)| *job).collect();
+            Err(Failure::NotFound(format!(
+                "there is no purge \"{name}\"; there are: {}",
+                names.join(", ")
+            )))
+        }
+    }
 }
 
 pub(super) async fn run(global: &Global, options: &Options) -> Done {
     let config = load(global)?.config;
-    let (job, older_than, max_rate) = configured(&config);
+    let (job, older_than, max_rate) = configured(&config, options.job.as_deref())?;
     let retention = daemon::retention(older_than, &config.retention);
     let storage = open(&config).await?;
     let clock = clock();

@@ -189,7 +189,8 @@ impl Purge {
                 }
                 let now = self.clock.now();
                 self.store.hold_back(&self.job, found, usual, now).await?;
-                return Ok(Some(Excess { most, usual }));
+                let job = self.job.clone();
+                return Ok(Some(Excess { job, most, usual }));
             }
         }
         Ok(None)
@@ -282,19 +283,29 @@ impl Purge {
     }
 }
 
+/// What an operator is to do about a purge that waits.
+#[must_use]
+pub fn what_to_do(job: &str) -> String {
+    format!(
+        "look with `timelined purge --dry-run --job {job}`, and let it go on with \
+         `timelined purge --confirm --job {job}`"
+    )
+}
+
 /// Why a run waits for an operator.
 struct Excess {
+    job: String,
     most: u64,
     usual: u64,
 }
 
 impl fmt::Display for Excess {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { most, usual } = self;
+        let Self { job, most, usual } = self;
         write!(
             f,
-            "would delete more than {most} events, while {usual} are usual, so it deleted nothing: \
-             look with `timelined purge --dry-run`, and let it go on with `timelined purge --confirm`"
+            "would delete more than {most} events, while {usual} are usual, so it deleted nothing: {}",
+            what_to_do(job)
         )
     }
 }

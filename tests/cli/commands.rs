@@ -495,7 +495,8 @@ on_both_engines! {
         // What is usual is the lesser of the two.
         db.given(&acme(), due(10_011)).await;
         let said = "would delete more than 10010 events, while 1001 are usual, so it deleted nothing: \
-                    look with `timelined purge --dry-run`, and let it go on with `timelined purge --confirm`";
+                    look with `timelined purge --dry-run --job purge-expired`, and let it go on with \
+                    `timelined purge --confirm --job purge-expired`";
         for _ in 0..2 {
             run(&settings, &["purge"]).failed_saying(1, said);
         }
@@ -504,9 +505,16 @@ on_both_engines! {
         assert_eq!((&runs["runs"][0]["state"], &runs["runs"][0]["error"]), (&json!("failed"), &json!(said)));
         assert_eq!(db.count("purge_guard where confirmed_at is null").await, 1);
         run(&settings, &["purge", "--confirm", "--dry-run"]).failed_saying(2, "cannot be used with");
-        assert_eq!(run(&settings, &["purge", "--confirm"]).done(), "deleted 10011 events\n");
+        // Of several purges the one that waits is confirmed, not the first.
+        let first = "[[jobs]]\nname = \"first\"\nkind = \"purge_expired\"\nevery = \"1d\"\nolder_than = \"90d\"\n";
+        let second = first.replace("first", "purge-expired").replace("90d", "7d");
+        let settings = settings.config(&format!("{first}{second}"));
+        assert_eq!(run(&settings, &["purge", "--confirm"]).done(), "deleted 0 events\n");
+        run(&settings, &["purge", "--job", "purge"]).failed(3, "timelined: there is no purge \"purge\"; there are: first, purge-expired");
+        let confirm = ["purge", "--confirm", "--job", "purge-expired"];
+        assert_eq!(run(&settings, &confirm).done(), "deleted 10011 events\n");
         assert_eq!(db.count("purge_guard").await, 0, "the next one is asked for again");
-        assert_eq!(db.count("job_actions where action = 'purge_confirmed'").await, 1);
+        assert_eq!(db.count("job_actions where action = 'purge_confirmed'").await, 2);
     }
 
     async fn a_purge_goes_no_faster_than_its_rate(db) {

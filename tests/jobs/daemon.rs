@@ -250,7 +250,7 @@ on_both_engines! {
         expired(db, "acme", 10_001, long_ago).await;
         let id = ask_for(&daemon, "purge-expired").await;
         let run = ended(&daemon, "purge-expired", &id).await;
-        let what_to_do = "look with `timelined purge --dry-run`, and let it go on with `timelined purge --confirm`";
+        let what_to_do = "`timelined purge --confirm --job purge-expired`";
         assert_eq!((&run["state"], &run["attempt"]), (&json!("failed"), &json!(1)));
         assert!(run["error"].as_str().unwrap().ends_with(what_to_do), "{run}");
         let outbox = daemon.state.join("outbox");
@@ -260,17 +260,18 @@ on_both_engines! {
             let path = file.unwrap().path();
             path.extension().is_some_and(|end| end == "eml").then(|| std::fs::read_to_string(path).unwrap())
         });
-        assert!(mail.unwrap().replace("=\r\n", "").contains("`timelined purge --confirm`"));
+        assert!(mail.unwrap().replace("=\r\n", "").contains(what_to_do));
         let output = |arguments: &[&str]| {
             let output = daemon.settings().command(arguments).output().unwrap();
             assert!(output.status.success(), "{output:?}");
             String::from_utf8(output.stdout).unwrap()
         };
-        assert!(output(&["jobs", "show", "purge-expired"]).contains("waits for an operator"));
+        let shown = output(&["jobs", "show", "purge-expired"]);
+        assert!(shown.contains("waits for an operator") && shown.contains(what_to_do), "{shown}");
         let shown: Value = serde_json::from_str(&output(&["jobs", "show", "purge-expired", "--json"])).unwrap();
         assert_eq!(shown["waits_for_operator"], true);
 
-        assert_eq!(output(&["purge", "--confirm"]), "deleted 10001 events\n");
+        assert_eq!(output(&["purge", "--confirm", "--job", "purge-expired"]), "deleted 10001 events\n");
         assert!(!output(&["jobs", "show", "purge-expired"]).contains("waits for an operator"));
         let both = ["purge-expired succeeded again", told];
         eventually("the recovery is told", PATIENCE, async || subjects(&outbox) == both).await;

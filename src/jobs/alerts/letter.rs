@@ -4,6 +4,7 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use lettre::message::Mailbox;
 use sha2::{Digest, Sha256};
 
+use crate::jobs::what_to_do;
 use crate::mail::{Letter, escaped};
 use crate::storage::{AlertKind, AlertMail, JobAlert};
 
@@ -71,8 +72,8 @@ fn words(alert: &JobAlert, mail: AlertMail, paper: &Stationery<'_>) -> (String, 
                 format!("job {job} {still}waits for an operator"),
                 format!(
                     "The job {job} {still}would delete far more than usual, and deletes nothing \
-                     until an operator lets it: look with `timelined purge --dry-run`, and let it \
-                     go on with `timelined purge --confirm`."
+                     until an operator lets it: {}.",
+                    what_to_do(job)
                 ),
             )
         }
