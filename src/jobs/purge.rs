@@ -3,7 +3,7 @@
 //! Tenant by tenant and rule by rule it goes through a range of an index ([`Sweep`]), in batches that
 //! follow their time. What a hold keeps is passed over.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use chrono::{DateTime, TimeDelta, Utc};
 use super::{Ending, Job, JobError, RunContext};
 use crate::domain::{Clock, Retention, Subject, Sweep, TenantId};
 use crate::storage::{
-    Deletion, DueCount, EventRepository, JobLedger, RetentionStore, StorageResult,
+    Deletion, DueCount, EventRepository, JobLedger, RetentionStore, StorageResult, SweepKey,
 };
 
 /// Idempotency keys count for 24 hours.
@@ -25,7 +25,7 @@ const EXCESS_FACTOR: u64 = 10;
 const EXCESS_ROWS: u64 = 10_000;
 const COMPARED_RUNS: u32 = 10;
 /// How long a batch waits before it is tried again where others were in its way, doubled each time up
-/// to the longest, and how long in all before its sweep is left to the next attempt.
+/// to the longest, and how long in all before the run is left to its next attempt.
 const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -69,18 +69,8 @@ impl Job for Purge {
         }
         let sweeps = self.sweeps(context).await?;
         let Some(excess) = self.find_excess(&sweeps).await? else {
-            let mut contended = None;
-            for sweep in &sweeps {
-                match self.sweep(context, sweep).await {
-                    Ok(Ending::Finished) => {}
-                    Ok(Ending::Unfinished) => return Ok(Ending::Unfinished),
-                    // A lock that somebody keeps in one tenant holds up no other.
-                    Err(error) if error.is_contended() => contended = Some(error),
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            if let Some(error) = contended {
-                return Err(error.into());
+            if self.sweep_all(context, &sweeps).await? == Ending::Unfinished {
+                return Ok(Ending::Unfinished);
             }
             self.store.end_guard(&self.job).await?;
             if self.forget_idempotency_keys(context).await? == Ending::Unfinished {
@@ -209,27 +199,47 @@ impl Purge {
         }
     }
 
-    /// Deletes what a sweep selects.
-    async fn sweep(&self, context: &RunContext, sweep: &Sweep) -> StorageResult<Ending> {
-        let mut pace = Pace::new(self.batch_time, self.max_rate);
-        let mut after = None;
+    /// Deletes what the sweeps select. One that others are in the way of goes on behind the rest, so
+    /// that a lock which somebody keeps in one tenant holds up no other.
+    async fn sweep_all(&self, context: &RunContext, sweeps: &[Sweep]) -> StorageResult<Ending> {
+        let mut left: VecDeque<Course> = (sweeps.iter())
+            .map(|sweep| Course {
+                sweep,
+                after: None,
+                pace: Pace::new(self.batch_time, self.max_rate),
+            })
+            .collect();
+        while let Some(mut course) = left.pop_front() {
+            match self.sweep(context, &mut course).await {
+                Ok(Ending::Finished) => {}
+                Ok(Ending::Unfinished) => return Ok(Ending::Unfinished),
+                Err(error) if error.is_contended() => {
+                    let Some(wait) = course.pace.give_way() else {
+                        return Err(error);
+                    };
+                    left.push_back(course);
+                    tokio::select! {
+                        () = tokio::time::sleep(wait) => {}
+                        () = context.stop.cancelled() => {}
+                    }
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Ending::Finished)
+    }
+
+    /// Deletes what a sweep selects, from where it has come.
+    async fn sweep(&self, context: &RunContext, course: &mut Course<'_>) -> StorageResult<Ending> {
+        let Course { sweep, after, pace } = course;
         while let Some(limit) = pace.begin(context) {
             let deletion = Deletion {
                 run: Some(context.run),
                 fence: context.fence,
                 now: self.clock.now(),
             };
-            let batch = match self.store.sweep(sweep, after, limit, deletion).await {
-                Ok(batch) => batch,
-                Err(error) if error.is_contended() => {
-                    if !pace.yield_to_others(context).await {
-                        return Err(error);
-                    }
-                    continue;
-                }
-                Err(error) => return Err(error),
-            };
-            after = batch.last;
+            let batch = self.store.sweep(sweep, *after, limit, deletion).await?;
+            *after = batch.last;
             context.report.add("deleted", batch.deleted);
             context.report.add("held", batch.held);
             let is_end = pace.is_end(batch.seen, batch.deleted);
@@ -316,6 +326,13 @@ fn median(mut numbers: Vec<u64>) -> Option<u64> {
     numbers.get(numbers.len().checked_sub(1)? / 2).copied()
 }
 
+/// A sweep, and how far it has come.
+struct Course<'a> {
+    sweep: &'a Sweep,
+    after: Option<SweepKey>,
+    pace: Pace,
+}
+
 /// How large batches are, and how long the pauses between them.
 struct Pace {
     batch_time: Duration,
@@ -383,24 +400,14 @@ impl Pace {
         fair.max(slow.saturating_sub(self.took))
     }
 
-    /// Waits a moment for whoever was in the way of a batch, which comes again half as large. Answers
-    /// whether it is worth it.
-    async fn yield_to_others(&mut self, context: &RunContext) -> bool {
+    /// Others were in the way of a batch: it comes again half as large, after the answer; `None` where
+    /// they have been for too long.
+    fn give_way(&mut self) -> Option<Duration> {
         let wait = self.waited.clamp(FIRST_WAIT, LONGEST_WAIT);
-        if self.waited + wait > PATIENCE {
-            return false;
-        }
-        tracing::debug!(
-            limit = self.limit,
-            "others were in the way of a batch; trying a smaller one"
-        );
+        tracing::debug!(limit = self.limit, "others were in the way of a batch");
         self.waited += wait;
         self.limit = (self.limit / 2).max(1);
-        tokio::select! {
-            () = tokio::time::sleep(wait) => {}
-            () = context.stop.cancelled() => {}
-        }
-        true
+        (self.waited <= PATIENCE).then_some(wait)
     }
 
     async fn pause(&self, context: &RunContext, is_end: bool) {
@@ -445,6 +452,23 @@ mod tests {
         assert_eq!(pace(1_000, 100).break_after(true), millis(90));
         assert_eq!(pace(1_000, 1).break_after(false), millis(10));
         assert_eq!(pace(1_000, 0).break_after(true), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_batch_gives_way_for_half_a_minute_and_is_smaller_each_time() {
+        let mut pace = Pace::new(Duration::from_millis(50), 0);
+        let mut waits = Vec::new();
+        while let Some(wait) = pace.give_way() {
+            waits.push((pace.limit, wait.as_millis()));
+        }
+        let first = [(50, 100), (25, 100), (12, 200), (6, 400), (3, 800)];
+        assert_eq!(waits[..5], first);
+        assert_eq!(waits.last(), Some(&(1, LONGEST_WAIT.as_millis())));
+        let total: u128 = waits.iter().map(|(_, wait)| wait).sum();
+        assert!((20_000..=30_000).contains(&total), "{total} ms");
+        // Whatever it deletes shows that nobody stands in the way of all.
+        pace.is_end(1, 1);
+        assert_eq!(pace.give_way(), Some(FIRST_WAIT));
     }
 
     #[test]
