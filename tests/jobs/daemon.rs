@@ -365,6 +365,29 @@ fn the_run_ended_in_one_line(daemon: &TestDaemon, run: &Value) {
     assert_eq!(line["error"], run["error"]);
 }
 
+#[test]
+fn a_purge_of_a_table_that_nobody_has_analyzed_reads_each_row_once() {
+    run(Engine::Postgres, async |db: &Database| {
+        let never = "alter table contact_events set (autovacuum_enabled = false)";
+        db.execute(never).await.unwrap();
+        let rows = 20_000;
+        expired(db, "acme", rows, SystemClock.now() - TimeDelta::days(8)).await;
+        let daemon = settings(db, &purging(NEVER)).await.start();
+        let id = ask_for(&daemon, "purge-expired").await;
+        let run = ended(&daemon, "purge-expired", &id).await;
+        assert_eq!(run["counts"], json!({ "deleted": rows }));
+        let counted =
+            format!("pg_stat_user_tables where relname = 'contact_events' and n_tup_del = {rows}");
+        eventually("the server has counted", PATIENCE, async || {
+            db.count(&counted).await == 1
+        })
+        .await;
+        let read = "select (idx_tup_fetch + seq_tup_read)::bigint from pg_stat_user_tables where relname = 'contact_events'";
+        let read = db.int(read).await;
+        assert!(read < 5 * i64::from(rows), "{read} rows were read");
+    });
+}
+
 /// A transaction of another program, which keeps what it has locked.
 async fn locking(db: &Database, what: &str) -> PgConnection {
     let mut other = PgConnection::connect(&db.url().await).await.unwrap();

@@ -39,28 +39,36 @@ const UNPROVEN_AFTER: Duration = Duration::from_secs(5);
 struct Limits {
     statement: &'static str,
     lock: &'static str,
+    /// Whether rows may be read out of their order, and sorted: "on" or "off".
+    sort: &'static str,
 }
 
 /// Somebody waits for the answer.
 const FOREGROUND: Limits = Limits {
     statement: "10s",
     lock: "5s",
+    sort: "on",
 };
 /// Batches of maintenance.
 const WORKER: Limits = Limits {
     statement: "60s",
     lock: "5s",
+    sort: "on",
 };
 /// Batches of the purge, which should take 50 ms. While one waits for a lock, others wait for those
-/// that it has: it gives up before they notice, and comes again with less.
+/// that it has: it gives up before they notice, and comes again with less. On a table that nobody has
+/// analyzed, such as a restored one, the planner takes what is due for a few rows, and would read and
+/// sort all of it for each batch; in the index they are in order.
 const PURGE: Limits = Limits {
     statement: "5s",
     lock: "100ms",
+    sort: "off",
 };
 /// An index over a large table takes its time; a second daemon waits until the first has migrated.
 const MIGRATION: Limits = Limits {
     statement: "0",
     lock: "60s",
+    sort: "on",
 };
 
 /// An open PostgreSQL database.
@@ -182,6 +190,8 @@ async fn settle(connection: &mut PgConnection, limits: Limits) -> Result<(), sql
                 set_config('timezone', 'UTC', false),
                 set_config('statement_timeout', $1, false),
                 set_config('lock_timeout', $2, false),
+                set_config('enable_sort', $3, false),
+                set_config('enable_bitmapscan', $3, false),
                 -- a daemon that hangs or is cut off must not keep its locks
                 set_config('idle_in_transaction_session_timeout', '60s', false),
                 -- what a statement waited for is what its next one must see
@@ -194,6 +204,7 @@ async fn settle(connection: &mut PgConnection, limits: Limits) -> Result<(), sql
     )
     .bind(limits.statement)
     .bind(limits.lock)
+    .bind(limits.sort)
     .execute(connection)
     .await?;
     Ok(())
