@@ -9,9 +9,9 @@ use hyper::{Request, header};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-
-use crate::quantile;
 
 /// A page of 200 events of 64 KiB each is the largest answer.
 const LARGEST: usize = 32 * 1024 * 1024;
@@ -76,20 +76,9 @@ fn event() -> String {
     .to_string()
 }
 
-/// What a load did.
-pub(crate) struct Load {
-    pub(crate) per_second: f64,
-    latencies_ms: Vec<f64>,
-}
-
-impl Load {
-    pub(crate) fn latency_ms(&mut self, share: f64) -> f64 {
-        quantile(&mut self.latencies_ms, share)
-    }
-}
-
-/// Creates events from `clients` connections for so long; each waits for its answer.
-pub(crate) async fn create(address: &str, token: &str, clients: usize, time: Duration) -> Load {
+/// Creates events from `clients` connections for so long; each waits for its answer. Answers with how
+/// many there were a second.
+pub(crate) async fn create(address: &str, token: &str, clients: usize, time: Duration) -> f64 {
     let body: Arc<str> = event().into();
     let began = Instant::now();
     let tasks: Vec<_> = (0..clients)
@@ -97,25 +86,97 @@ pub(crate) async fn create(address: &str, token: &str, clients: usize, time: Dur
             let (address, token, body) = (address.to_owned(), token.to_owned(), body.clone());
             tokio::spawn(async move {
                 let mut client = Client::open(&address, &token).await;
-                let mut latencies = Vec::new();
+                let mut created = 0_u32;
                 while began.elapsed() < time {
                     let contact = Uuid::from_u128(rand::random_range(1..1000) + (7 << 76));
                     let path = format!("/api/v1/contacts/{contact}/events");
-                    let sent = Instant::now();
                     let (status, answer) = client.send("POST", &path, body.to_string()).await;
                     assert_eq!(status, 201, "{}", String::from_utf8_lossy(&answer));
+                    created += 1;
+                }
+                created
+            })
+        })
+        .collect();
+    let mut created = 0;
+    for task in tasks {
+        created += task.await.unwrap();
+    }
+    f64::from(created) / began.elapsed().as_secs_f64()
+}
+
+/// Writers and readers that rest between two requests, as people and programs do: what they feel is
+/// how long an answer takes, not how many the machine can give.
+pub(crate) struct Traffic {
+    writers: Vec<JoinHandle<Vec<f64>>>,
+    readers: Vec<JoinHandle<Vec<f64>>>,
+    stop: CancellationToken,
+}
+
+/// How long the answers took, in milliseconds.
+#[derive(Default)]
+pub(crate) struct Answers {
+    pub(crate) writes: Vec<f64>,
+    pub(crate) reads: Vec<f64>,
+}
+
+/// Between two requests of one client, on average.
+const REST_MS: u64 = 50;
+
+impl Traffic {
+    /// So many of either kind; the readers open the newest page of one of a thousand timelines.
+    pub(crate) fn start(address: &str, token: &str, writers: usize, readers: usize) -> Self {
+        let stop = CancellationToken::new();
+        let body: Arc<str> = event().into();
+        let spawn = |body: Option<Arc<str>>| {
+            let (address, token, stop) = (address.to_owned(), token.to_owned(), stop.clone());
+            tokio::spawn(async move {
+                let mut client = Client::open(&address, &token).await;
+                let mut latencies = Vec::new();
+                while !stop.is_cancelled() {
+                    let rest = rand::random_range(0..2 * REST_MS);
+                    tokio::time::sleep(Duration::from_millis(rest)).await;
+                    let number = rand::random_range(1..1000);
+                    let sent = Instant::now();
+                    let (status, answer) = if let Some(body) = &body {
+                        let contact = Uuid::from_u128(number + (7 << 76));
+                        let path = format!("/api/v1/contacts/{contact}/events");
+                        client.send("POST", &path, body.to_string()).await
+                    } else {
+                        let contact = format!("0190b5f0-0000-7000-8000-{number:012x}");
+                        let path = format!("/api/v1/contacts/{contact}/events");
+                        client.send("GET", &path, String::new()).await
+                    };
+                    assert!(status < 300, "{}", String::from_utf8_lossy(&answer));
                     latencies.push(sent.elapsed().as_secs_f64() * 1000.0);
                 }
                 latencies
             })
-        })
-        .collect();
-    let mut latencies_ms = Vec::new();
-    for task in tasks {
-        latencies_ms.extend(task.await.unwrap());
+        };
+        Self {
+            writers: (0..writers).map(|_| spawn(Some(body.clone()))).collect(),
+            readers: (0..readers).map(|_| spawn(None)).collect(),
+            stop,
+        }
     }
-    Load {
-        per_second: latencies_ms.len() as f64 / began.elapsed().as_secs_f64(),
-        latencies_ms,
+
+    /// Ends it.
+    pub(crate) async fn end(self) -> Answers {
+        self.stop.cancel();
+        let mut answers = Answers::default();
+        for task in self.writers {
+            answers.writes.extend(task.await.unwrap());
+        }
+        for task in self.readers {
+            answers.reads.extend(task.await.unwrap());
+        }
+        answers
+    }
+}
+
+impl Answers {
+    pub(crate) fn add(&mut self, more: Self) {
+        self.writes.extend(more.writes);
+        self.reads.extend(more.reads);
     }
 }

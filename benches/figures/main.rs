@@ -1,5 +1,6 @@
 //! The figures of the README: each beside its reference, measured in the same run, since machines
-//! differ and are noisy. `make bench` runs all, `make bench ONLY=purge` one section.
+//! differ and are noisy. `make bench` runs all, `make bench ONLY=purge` one section; with `QUICK=1` on
+//! small tables and for a short time, to see that it works.
 //!
 //! The daemon is the release binary on real databases that wait for the disk; the load comes from
 //! this process, which shares the machine with it.
@@ -18,7 +19,9 @@ mod creates;
 mod csv;
 mod delivery;
 mod idle;
+mod lateness;
 mod load;
+mod many;
 mod pages;
 mod purge;
 
@@ -104,6 +107,23 @@ async fn daemon(db: &Database, settings: &[(&str, &str)]) -> TestDaemon {
     daemon.start()
 }
 
+/// The daemon with a configuration file on `db`.
+async fn configured(db: &Database, config: &str) -> TestDaemon {
+    Settings::new()
+        .config(config)
+        .env("TIMELINED__DATABASE__URL", &db.url().await)
+        .start()
+}
+
+/// `quick` for a try (`QUICK=1`), else what the figure is defined with.
+fn quick_or<T>(quick: T, whole: T) -> T {
+    if std::env::var_os("QUICK").is_some_and(|value| value == "1") {
+        quick
+    } else {
+        whole
+    }
+}
+
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() {
     // Cargo adds `--bench`.
@@ -143,6 +163,12 @@ async fn main() {
     }
     if is_wanted("csv") {
         csv::run().await;
+    }
+    if is_wanted("lateness") {
+        lateness::run().await;
+    }
+    if is_wanted("many") {
+        many::run().await;
     }
     if is_wanted("idle") {
         idle::run().await;
