@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use chrono::{DateTime, Utc};
 use tokio::sync::{Mutex, Notify};
 use tokio_util::sync::CancellationToken;
 
@@ -96,7 +97,11 @@ impl Pump {
     /// # Errors
     /// Those of storage; the next look begins where this one did.
     pub async fn look(&self, stop: &CancellationToken) -> StorageResult<()> {
-        self.push_new(stop).await?;
+        let first_expiry = self.push_new(stop).await?;
+        let now = self.clock.now();
+        if first_expiry.is_none_or(|at| at > now) {
+            return Ok(());
+        }
         while !stop.is_cancelled() {
             let expired = self
                 .events
@@ -110,7 +115,8 @@ impl Pump {
         Ok(())
     }
 
-    async fn push_new(&self, stop: &CancellationToken) -> StorageResult<()> {
+    /// Pushes what is new; answers when the first of all that waits expires.
+    async fn push_new(&self, stop: &CancellationToken) -> StorageResult<Option<DateTime<Utc>>> {
         let mut mark = self.mark.lock().await;
         if self.hub.is_paused() {
             return Ok(());
@@ -124,7 +130,7 @@ impl Pump {
         for entries in tail.entries.chunks(self.batch) {
             if stop.is_cancelled() || self.hub.is_paused() {
                 // The mark stays: the next look, if there is one, begins where this one did.
-                return Ok(());
+                return Ok(None);
             }
             let found = self.events.find_entries(entries).await?;
             let now = self.clock.now();
@@ -137,6 +143,6 @@ impl Pump {
                 .fetch_add(pushed as u64, Ordering::Relaxed);
         }
         *mark = tail.mark;
-        Ok(())
+        Ok(tail.first_expiry)
     }
 }

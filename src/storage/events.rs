@@ -203,6 +203,9 @@ pub struct Tail {
     pub entries: Vec<TailEntry>,
     /// Where the next look begins.
     pub mark: TailMark,
+    /// When the first expires of all that waits in the outbox. It comes with the look, so that nobody
+    /// asks each second whether anything has expired.
+    pub first_expiry: Option<DateTime<Utc>>,
 }
 
 /// An undelivered event with its place in the backlog.

@@ -398,8 +398,9 @@ impl EventRepository for PgStorage {
         // snapshot does not show is new: later transactions, and those that were open then, none
         // of them older than its xmin. Its own snapshot comes with the rows, or without any.
         let mut rows = sqlx::query(
-            "select s.snapshot, o.xid::text as xid, o.seq, o.rank, o.tenant_id, o.contact_id, o.event_id
-             from (select pg_current_snapshot()::text as snapshot) s
+            "select s.snapshot, s.first_expiry, o.xid::text as xid, o.seq, o.rank, o.tenant_id, o.contact_id, o.event_id
+             from (select pg_current_snapshot()::text as snapshot,
+                          (select min(expires_at) from event_outbox) as first_expiry) s
              left join lateral (
                  select n.xid, n.seq, n.rank, n.tenant_id, n.contact_id, n.event_id
                  from event_outbox n
@@ -412,8 +413,8 @@ impl EventRepository for PgStorage {
         .bind(mark)
         .fetch_all(&self.foreground)
         .await?;
-        let snapshot = match rows.first() {
-            Some(row) => row.try_get("snapshot")?,
+        let (snapshot, first_expiry) = match rows.first() {
+            Some(row) => (row.try_get("snapshot")?, row.time("first_expiry")?),
             None => return Err(sqlx::Error::RowNotFound.into()),
         };
         if rows.first().is_some_and(is_only_the_snapshot) {
@@ -447,6 +448,7 @@ impl EventRepository for PgStorage {
         Ok(Tail {
             entries,
             mark: TailMark::Snapshot(snapshot),
+            first_expiry,
         })
     }
 

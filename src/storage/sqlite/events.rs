@@ -398,14 +398,21 @@ impl EventRepository for SqliteStorage {
                 "a mark of another engine".to_owned(),
             ));
         };
+        // Joined to one row, so that what expires first comes also where nothing is new.
         let mut rows = sqlx::query(
-            "select added, seq, rank, tenant_id, contact_id, event_id from event_outbox where added > $1 order by added",
+            "select o.added, o.seq, o.rank, o.tenant_id, o.contact_id, o.event_id,
+                    (select min(expires_at) from event_outbox where expires_at is not null) as first_expiry
+             from (select 1) left join event_outbox o on o.added > $1",
         )
         .bind(last)
         .fetch(&self.readers);
-        let mut entries = Vec::new();
+        let (mut entries, mut first_expiry) = (Vec::new(), None);
         while let Some(row) = rows.try_next().await? {
-            last = row.try_get("added")?;
+            first_expiry = row.time("first_expiry")?;
+            let Some(added) = row.try_get("added")? else {
+                break;
+            };
+            last = last.max(added);
             let contact: Hyphenated = row.try_get("contact_id")?;
             let Ok(contact_id) = ContactId::new(contact.into_uuid()) else {
                 continue;
@@ -422,6 +429,7 @@ impl EventRepository for SqliteStorage {
         Ok(Tail {
             entries,
             mark: TailMark::Seq(last),
+            first_expiry,
         })
     }
 
