@@ -649,12 +649,23 @@ async fn check_plans(db: &Database) {
         }
         Engine::Postgres => {
             plans
-                .check("exports::claim_render", 0, &claim, "exports_queue")
+                .check("exports::claim_render", 0, &when[..1], "exports_queue")
+                .await;
+            plans
+                .check("exports::claim_render", 1, &claim, "exports_queue")
                 .await;
             plans
                 .check(
                     "exports::claim_delivery",
                     0,
+                    &when[..1],
+                    "export_deliveries_queue",
+                )
+                .await;
+            plans
+                .check(
+                    "exports::claim_delivery",
+                    1,
                     &claim,
                     "export_deliveries_queue",
                 )
