@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, TimeDelta, Utc};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
@@ -44,6 +44,14 @@ const TOLERANCE: TimeDelta = TimeDelta::milliseconds(5);
 /// How often a skipped time is tried to be written. Not for ever, as the end of a run is: while the
 /// database is away there may be one each second.
 const SKIP_TRIES: u32 = 10;
+/// Where thousands of jobs are due in one second, so many of them are claimed and at work at once. More
+/// would only wait for the database, and everybody else behind them.
+const PLACES: usize = 64;
+/// A run has its place for so long at most: those that take their time must not keep others from
+/// beginning.
+const PLACE_LASTS: Duration = Duration::from_millis(250);
+/// A job whose times lie no further apart waits for no place: it would be late for each of them.
+const FREQUENT: TimeDelta = TimeDelta::minutes(1);
 /// How often runs that are past their time are deleted. A delivery poll that pushed something is a
 /// row: some thousands an hour.
 const PRUNE_EVERY: Duration = Duration::from_hours(1);
@@ -107,6 +115,8 @@ struct Shared {
     held: Mutex<BTreeMap<RunId, Held>>,
     /// The jobs that are paused, as of the last look.
     paused: Mutex<BTreeSet<String>>,
+    /// Places for the times of jobs that are not frequent.
+    places: Arc<Semaphore>,
     gone: Gone,
 }
 
@@ -167,6 +177,8 @@ enum Claimed {
 struct Planned {
     slot: Arc<Slot>,
     due: Option<DateTime<Utc>>,
+    /// Between the next two times.
+    gap: TimeDelta,
 }
 
 impl RunnerHandle {
@@ -215,6 +227,7 @@ impl Runner {
                 lapse: Mutex::default(),
                 held: Mutex::default(),
                 paused: Mutex::default(),
+                places: Arc::new(Semaphore::new(PLACES)),
                 gone: Gone::default(),
             }),
         }
@@ -309,11 +322,16 @@ fn replan(plan: &mut Vec<Planned>, jobs: &[Arc<Slot>], now: DateTime<Utc>) {
                 old.name == new.name && old.schedule == new.schedule && old.enabled == new.enabled
             })
             .map_or_else(|| slot.next_after(now), |old| old.due);
+        let after = due.and_then(|due| slot.next_after(due));
+        let gap = due.zip(after).map(|(due, after)| after - due);
         Planned {
             slot: slot.clone(),
             due,
+            gap: gap.unwrap_or(TimeDelta::MAX),
         }
     }));
+    // What comes often first: for it a moment is much.
+    plan.sort_by_key(|planned| planned.gap);
 }
 
 /// Fires the newest time of a job that is due. Those before it, which passed while the daemon was
@@ -330,12 +348,12 @@ fn fire_what_is_due(shared: &Arc<Shared>, planned: &mut Planned, now: DateTime<U
     planned.due = next;
     if slot.is_poll() {
         // Each poll finds what the ones before it would have found.
-        fire(shared, slot, latest);
+        fire(shared, slot, latest, true);
         return;
     }
     let is_late = now - latest > missed::GRACE;
     if !is_late {
-        fire(shared, slot, latest);
+        fire(shared, slot, latest, planned.gap <= FREQUENT);
     }
     if is_late || latest > first {
         let until = if is_late {
@@ -356,7 +374,7 @@ fn spawn_start(shared: &Arc<Shared>, start: DateTime<Utc>) {
 }
 
 /// A scheduled time has come.
-fn fire(shared: &Arc<Shared>, slot: &Arc<Slot>, at: DateTime<Utc>) {
+fn fire(shared: &Arc<Shared>, slot: &Arc<Slot>, at: DateTime<Utc>, is_frequent: bool) {
     if slot.is_poll() && shared.is_paused(&slot.definition.name) {
         return;
     }
@@ -365,7 +383,13 @@ fn fire(shared: &Arc<Shared>, slot: &Arc<Slot>, at: DateTime<Utc>) {
     let run = new_run(&shared, &slot, at);
     match slot.place(&run) {
         Place::Taken => {
-            tracker.spawn(async move { serve(&shared, &slot, run).await });
+            tracker.spawn(async move {
+                if is_frequent {
+                    serve(&shared, &slot, run).await;
+                } else {
+                    serve_in_turn(&shared, &slot, run).await;
+                }
+            });
         }
         Place::Served => {}
         Place::Busy if slot.is_poll() => {
@@ -543,6 +567,24 @@ impl Slot {
             }
         }
     }
+}
+
+/// Runs a scheduled time when its turn has come.
+async fn serve_in_turn(shared: &Shared, slot: &Slot, run: Run) {
+    let place = tokio::select! {
+        biased;
+        place = shared.places.clone().acquire_owned() => place,
+        () = shared.settings.stop.cancelled() => {
+            // Nothing is claimed: another daemon may have the time, or the next looks into it.
+            return slot.leave(None);
+        }
+    };
+    let mut serving = std::pin::pin!(serve(shared, slot, run));
+    tokio::select! {
+        () = &mut serving => return,
+        () = tokio::time::sleep(PLACE_LASTS) => drop(place),
+    }
+    serving.await;
 }
 
 /// Runs a scheduled time.
