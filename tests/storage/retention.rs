@@ -91,6 +91,27 @@ on_both_engines! {
         assert_eq!((entry.rule.as_str(), entry.cause, entry.deleted), ("category=note", Cause::Expired, 2));
     }
 
+    async fn what_stands_beside_goes_with_its_event_alone(db) {
+        // Among the ids of the first two stand many of others, among those of the last two none.
+        let expired = [1, 30, 40, 41];
+        db.given(&acme(), (1..=41).map(|n| {
+            let event = event().id(id(n));
+            if expired.contains(&n) { event.expires_at(t0() + minutes(1)).recorded() } else { event.recorded() }
+        })).await;
+        db.execute(
+            "insert into event_reads (tenant_id, event_id, reader, read_at)
+             select tenant_id, id, 'agent', created_at from contact_events;
+             insert into event_deliveries (tenant_id, event_id, audience, outcome, recorded_at)
+             select tenant_id, id, 'agent', 'delivered', created_at from contact_events",
+        ).await.unwrap();
+        let sweep = Sweep::expired_before(&acme(), t0() + hours(1));
+        assert_eq!(through(&*db.retention, &sweep, 2).await.0.deleted, 4);
+        for table in ["event_reads", "event_deliveries"] {
+            let orphans = format!("{table} r where not exists (select 1 from contact_events e where e.id = r.event_id)");
+            assert_eq!((db.count(table).await, db.count(&orphans).await), (37, 0), "{table}");
+        }
+    }
+
     async fn what_has_no_expiry_goes_by_its_age_to_the_microsecond(db) {
         let recorded = |n, at| event().id(id(n)).recorded_at(at);
         let cutoff = t0() - days(30);
