@@ -35,8 +35,9 @@ pub use csv::Column;
 use deliver::Hold;
 use outage::Outage;
 
-/// Other processes add rows too, and cannot wake this one.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// Other processes add rows too, and cannot wake this one. Not each second: two such looks would be half
+/// of what an idle daemon asks of a server.
+const LOOK_AGAIN: Duration = Duration::from_secs(3);
 /// How often files that are past their time are looked for.
 const EXPIRY_EVERY: TimeDelta = TimeDelta::minutes(1);
 /// Files that are expired in one go.
