@@ -42,8 +42,9 @@ use crate::timeline::Timeline;
 const ABORT_GRACE: Duration = Duration::from_secs(2);
 /// Events of a look of the pump where no delivery job says otherwise.
 const DEFAULT_BATCH: u32 = 100;
-/// How long a transaction of the purge should take: SQLite has one writer, and inserts wait for it.
-const SQLITE_BATCH_TIME: Duration = Duration::from_millis(8);
+/// How long a transaction of the purge should take: SQLite has one writer, and inserts wait for it, and
+/// then for the disk, which takes about as long again.
+const SQLITE_BATCH_TIME: Duration = Duration::from_millis(5);
 const POSTGRES_BATCH_TIME: Duration = Duration::from_millis(50);
 
 /// A running daemon.

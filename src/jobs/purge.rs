@@ -242,7 +242,8 @@ impl Purge {
             *after = batch.last;
             context.report.add("deleted", batch.deleted);
             context.report.add("held", batch.held);
-            let is_end = pace.is_end(batch.seen, batch.deleted);
+            let is_end = pace.is_end(batch.seen, batch.deleted, batch.took);
+            pace.is_alone = batch.was_alone;
             pace.pause(context, is_end).await;
             if is_end {
                 return Ok(Ending::Finished);
@@ -282,7 +283,7 @@ impl Purge {
                     .delete_idempotency_before(&tenant, cutoff, limit, context.fence)
                     .await?;
                 context.report.add("idempotency_keys", forgotten);
-                let is_end = pace.is_end(forgotten, forgotten);
+                let is_end = pace.is_end(forgotten, forgotten, pace.began.elapsed());
                 pace.pause(context, is_end).await;
                 if is_end {
                     break;
@@ -343,6 +344,8 @@ struct Pace {
     deleted: u64,
     /// How long it waited for others since its last batch.
     waited: Duration,
+    /// Whether nobody else wanted the database during the last batch.
+    is_alone: bool,
 }
 
 impl Pace {
@@ -355,6 +358,7 @@ impl Pace {
             took: Duration::ZERO,
             deleted: 0,
             waited: Duration::ZERO,
+            is_alone: false,
         }
     }
 
@@ -369,7 +373,7 @@ impl Pace {
     }
 
     /// Whether a batch that looked at so many rows was the last one.
-    fn is_end(&mut self, seen: u64, deleted: u64) -> bool {
+    fn is_end(&mut self, seen: u64, deleted: u64, took: Duration) -> bool {
         self.took = self.began.elapsed();
         self.deleted = deleted;
         self.waited = Duration::ZERO;
@@ -380,14 +384,15 @@ impl Pace {
             "purged a batch"
         );
         let is_end = seen < u64::from(self.limit);
-        self.limit = next_batch(self.limit, self.took, self.batch_time);
+        self.limit = next_batch(self.limit, took, self.batch_time);
         is_end
     }
 
-    /// How long others get the database after a batch: as long as it took, and as the rate asks for.
+    /// How long others get the database after a batch: as long as it took, where there are any, and as
+    /// the rate asks for.
     /// What follows the last batch of a sweep is another one, or nothing.
     fn break_after(&self, is_end: bool) -> Duration {
-        let fair = if is_end {
+        let fair = if is_end || self.is_alone {
             Duration::ZERO
         } else {
             self.took.min(self.batch_time)
@@ -467,7 +472,7 @@ mod tests {
         let total: u128 = waits.iter().map(|(_, wait)| wait).sum();
         assert!((20_000..=30_000).contains(&total), "{total} ms");
         // Whatever it deletes shows that nobody stands in the way of all.
-        pace.is_end(1, 1);
+        pace.is_end(1, 1, Duration::ZERO);
         assert_eq!(pace.give_way(), Some(FIRST_WAIT));
     }
 

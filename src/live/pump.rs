@@ -119,7 +119,7 @@ impl Pump {
     async fn push_new(&self, stop: &CancellationToken) -> StorageResult<Option<DateTime<Utc>>> {
         let mut mark = self.mark.lock().await;
         if self.hub.is_paused() {
-            return Ok(());
+            return Ok(None);
         }
         let tail = self
             .events

@@ -1,5 +1,7 @@
 //! Retention: the batches of the purge, legal holds, and the ledger of what was deleted.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use serde::Serialize;
@@ -38,6 +40,11 @@ pub struct Batch {
     pub held: u64,
     /// Behind which the next step begins; `None` where that is at the beginning again.
     pub last: Option<SweepKey>,
+    /// How long others had to wait for it at most. Not its own waiting for them, nor, on SQLite, for the
+    /// disk, which smaller steps would not make faster.
+    pub took: Duration,
+    /// Whether nobody else asked for anything since the step before.
+    pub was_alone: bool,
 }
 
 /// How much a sweep would take.

@@ -1,6 +1,7 @@
 //! Rules, holds and the ledger: what a sweep takes, and what it leaves.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use timelined::domain::{
@@ -38,6 +39,8 @@ async fn through(store: &dyn RetentionStore, sweep: &Sweep, limit: u32) -> (Batc
         deleted: 0,
         held: 0,
         last: None,
+        took: Duration::ZERO,
+        was_alone: true,
     };
     for batches in 1.. {
         let batch = store.sweep(sweep, all.last, limit, by_run()).await.unwrap();

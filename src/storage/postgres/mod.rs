@@ -15,6 +15,7 @@ use std::io;
 use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -82,6 +83,8 @@ pub struct PgStorage {
     worker: PgPool,
     /// What the purge deletes.
     purge: PgPool,
+    /// How often a connection was taken from the foreground's.
+    asked: Arc<AtomicU64>,
 }
 
 impl PgStorage {
@@ -98,14 +101,16 @@ impl PgStorage {
         if !names_sslmode(url) && !is_local(&options) {
             options = options.ssl_mode(PgSslMode::VerifyFull);
         }
-        let foreground = pool(&options, FOREGROUND, 10, 1);
-        let worker = pool(&options, WORKER, 4, 0);
-        let purge = pool(&options, PURGE, 2, 0);
+        let asked = Arc::<AtomicU64>::default();
+        let foreground = pool(&options, FOREGROUND, (10, 1), &asked);
+        let worker = pool(&options, WORKER, (4, 0), &Arc::default());
+        let purge = pool(&options, PURGE, (2, 0), &Arc::default());
         let storage = Self {
             options,
             foreground,
             worker,
             purge,
+            asked,
         };
         // Not by a pool, which would try a refused connection again until its timeout, and then
         // say only that it took too long.
@@ -165,14 +170,22 @@ impl PgStorage {
     }
 }
 
-fn pool(options: &PgConnectOptions, limits: Limits, max: u32, min: u32) -> PgPool {
+/// A pool of at most and at least so many connections, which counts how often one is taken.
+fn pool(
+    options: &PgConnectOptions,
+    limits: Limits,
+    (max, min): (u32, u32),
+    asked: &Arc<AtomicU64>,
+) -> PgPool {
+    let asked = asked.clone();
     PgPoolOptions::new()
         .max_connections(max)
         .min_connections(min)
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .after_connect(move |connection, _| Box::pin(settle(connection, limits)))
         .test_before_acquire(false)
-        .before_acquire(|connection, meta| -> BoxFuture<'_, _> {
+        .before_acquire(move |connection, meta| -> BoxFuture<'_, _> {
+            asked.fetch_add(1, Ordering::Relaxed);
             Box::pin(async move {
                 if meta.idle_for > UNPROVEN_AFTER {
                     connection.ping().await?;

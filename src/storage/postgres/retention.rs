@@ -5,6 +5,9 @@
 //! one. It reads a window of the index and only then drops what a hold or another rule
 //! keeps, so that it costs the same however much that is.
 
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use sqlx::Row;
@@ -287,6 +290,8 @@ impl RetentionStore for PgStorage {
             at: DateTime::UNIX_EPOCH - chrono::TimeDelta::days(719_528),
             seq: 0,
         });
+        let asked = self.asked.load(Ordering::Relaxed);
+        let was_alone = |store: &Self| store.asked.load(Ordering::Relaxed) == asked;
         loop {
             // Before the batch, and not by it: its own snapshot may be older than a hold for which its
             // lock of the gate waits.
@@ -302,6 +307,7 @@ impl RetentionStore for PgStorage {
                 Cause::Expired => SWEEP_EXPIRED,
                 Cause::Aged => SWEEP_AGED,
             };
+            let began = Instant::now();
             let row = select(statement, sweep)
                 .bind(after.at)
                 .bind(after.seq)
@@ -330,9 +336,15 @@ impl RetentionStore for PgStorage {
                     deleted,
                     held: 0,
                     last: None,
+                    took: began.elapsed(),
+                    was_alone: was_alone(self),
                 });
             }
-            return batch(&row, deleted);
+            return Ok(Batch {
+                took: began.elapsed(),
+                was_alone: was_alone(self),
+                ..batch(&row, deleted)?
+            });
         }
     }
 
@@ -568,6 +580,8 @@ fn batch(row: &PgRow, deleted: u64) -> StorageResult<Batch> {
         deleted,
         held: row.int("held")?.unwrap_or_default().unsigned_abs(),
         last: at.zip(seq).map(|(at, seq)| SweepKey { at, seq }),
+        took: Duration::ZERO,
+        was_alone: false,
     })
 }
 

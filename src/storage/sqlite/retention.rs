@@ -3,6 +3,8 @@
 //! A batch reads a window of the index and only then drops what a hold or another rule keeps, so
 //! that it costs the same however much that is. One writer sees every hold that was answered.
 
+use std::time::Instant;
+
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use sqlx::Row;
@@ -142,12 +144,17 @@ impl RetentionStore for SqliteStorage {
         limit: u32,
         deletion: Deletion,
     ) -> StorageResult<Batch> {
-        let sweep = sweep.clone();
-        self.writer
-            .write(move |db| {
+        let (sweep, asked) = (sweep.clone(), self.writer.asked());
+        let batch = self
+            .writer
+            .write_behind(move |db| {
                 Box::pin(async move { delete_batch(db, &sweep, after, limit, deletion).await })
             })
-            .await
+            .await?;
+        Ok(Batch {
+            was_alone: self.writer.asked() == asked,
+            ..batch
+        })
     }
 
     async fn count_due(&self, sweep: &Sweep, limit: u64) -> StorageResult<DueCount> {
@@ -372,7 +379,7 @@ impl RetentionStore for SqliteStorage {
             return Ok(false);
         }
         self.writer
-            .write(move |db| {
+            .write_behind(move |db| {
                 Box::pin(async move {
                     // 64 pages are moved from the file's end within a millisecond or two.
                     sqlx::query("pragma incremental_vacuum(64)")
@@ -410,6 +417,7 @@ async fn delete_batch(
     limit: u32,
     deletion: Deletion,
 ) -> StorageResult<Batch> {
+    let began = Instant::now();
     events::check_fence(db, deletion.fence).await?;
     let statement = match sweep.cause {
         Cause::Expired => WINDOW_EXPIRED,
@@ -466,5 +474,7 @@ async fn delete_batch(
         deleted: seqs.len() as u64,
         held,
         last: last.transpose()?,
+        took: began.elapsed(),
+        was_alone: false,
     })
 }

@@ -18,6 +18,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
@@ -38,9 +39,15 @@ const SMALLEST_BATCH: usize = 16;
 const RUN_TO_COMMIT: f64 = 4.0;
 /// Requests that may wait; more wait for a place.
 const QUEUE: usize = 1024;
-/// The WAL is checkpointed beside the writer each time that it has grown by so many bytes.
-const CHECKPOINT_BYTES: u64 = 4 * 1024 * 1024;
-/// And by the writer itself when it has grown by so many: then it begins anew.
+/// Transactions of others for which one of maintenance waits at most.
+const PASSED_AT_MOST: u32 = 4;
+/// The WAL is checkpointed beside the writer each time that it has grown by so many bytes. Half of it
+/// would write the pages that a purge touches again and again twice as often.
+const CHECKPOINT_BYTES: u64 = 8 * 1024 * 1024;
+/// From this size on the writer makes a last one itself behind one that was made beside it: of the
+/// little that is left, and then the WAL begins anew.
+const LARGE_WAL: u64 = 2 * CHECKPOINT_BYTES;
+/// And one of whatever there is when it has grown by so many.
 const LARGEST_WAL: u64 = 4 * CHECKPOINT_BYTES;
 
 /// A request that waits for its transaction.
@@ -238,6 +245,10 @@ fn steps(batch: &mut Vec<Waiting>) -> Vec<Box<dyn Request>> {
 #[derive(Clone, Debug)]
 pub(super) struct Writer {
     requests: mpsc::Sender<Waiting>,
+    /// Those of maintenance, for which nobody waits.
+    behind: mpsc::Sender<Waiting>,
+    /// How many of the others there were.
+    asked: Arc<AtomicU64>,
     failed: CancellationToken,
     /// Answers when the thread has ended.
     ended: Arc<Mutex<Option<oneshot::Receiver<()>>>>,
@@ -258,11 +269,14 @@ impl Writer {
             .pragma("temp_store", "memory")
             // KiB: the inner pages of some million rows' indexes.
             .pragma("cache_size", "-8192")
+            // What a batch of the purge reads, at once: each time that it is full costs two switches.
+            .row_buffer_size(1024)
             .connect()
             .await?;
         let mut wal = path.as_os_str().to_owned();
         wal.push("-wal");
         let (requests, queue) = mpsc::channel(QUEUE);
+        let (behind, maintenance) = mpsc::channel(1);
         let failed = CancellationToken::new();
         let closing = CancellationToken::new();
         let (in_hand, began) = watch::channel(None);
@@ -275,6 +289,7 @@ impl Writer {
                 state: Checkpointer::Idle(checkpointer),
             },
             batch: BATCH,
+            passed: 0,
             failed: failed.clone(),
             in_hand,
         };
@@ -290,7 +305,7 @@ impl Writer {
             .name("sqlite-writer".to_owned())
             .spawn(move || {
                 runtime.block_on(async move {
-                    worker.serve(queue, stop).await;
+                    worker.serve(queue, maintenance, stop).await;
                     worker.end().await;
                 });
                 lost.disarm();
@@ -301,6 +316,8 @@ impl Writer {
             .map_err(sqlx::Error::Io)?;
         Ok(Self {
             requests,
+            behind,
+            asked: Arc::default(),
             failed,
             ended: Arc::new(Mutex::new(Some(ended))),
             closing,
@@ -335,25 +352,48 @@ impl Writer {
     {
         let (answer, receiver) = oneshot::channel();
         let waiting = Waiting::Other(Box::new(Pending { request, answer }));
-        self.ask(waiting, receiver).await
+        self.ask(&self.requests, waiting, receiver).await
+    }
+
+    /// Runs `request` in a transaction of its own when nobody else waits, or has waited for long: what
+    /// maintenance does keeps others waiting for one such transaction at most.
+    pub(super) async fn write_behind<T, F>(&self, request: F) -> StorageResult<T>
+    where
+        T: Send + 'static,
+        F: for<'c> FnOnce(&'c mut SqliteConnection) -> BoxFuture<'c, StorageResult<T>>
+            + Send
+            + 'static,
+    {
+        let (answer, receiver) = oneshot::channel();
+        let waiting = Waiting::Other(Box::new(Pending { request, answer }));
+        self.ask(&self.behind, waiting, receiver).await
+    }
+
+    /// How many requests there were, without those of maintenance.
+    pub(super) fn asked(&self) -> u64 {
+        self.asked.load(Ordering::Relaxed)
     }
 
     /// Saves events together with those of others that wait; durable when this returns.
     pub(super) async fn save(&self, batch: Vec<Recording>) -> StorageResult<Vec<Saved>> {
         let (answer, receiver) = oneshot::channel();
-        self.ask(Waiting::Save(Saving { batch, answer }), receiver)
-            .await
+        let waiting = Waiting::Save(Saving { batch, answer });
+        self.ask(&self.requests, waiting, receiver).await
     }
 
     async fn ask<T>(
         &self,
+        queue: &mpsc::Sender<Waiting>,
         waiting: Waiting,
         answer: oneshot::Receiver<StorageResult<T>>,
     ) -> StorageResult<T> {
         if self.failed.is_cancelled() {
             return Err(StorageError::Closed);
         }
-        let queued = self.requests.send(waiting).await;
+        if queue.same_channel(&self.requests) {
+            self.asked.fetch_add(1, Ordering::Relaxed);
+        }
+        let queued = queue.send(waiting).await;
         queued.map_err(|_closed| StorageError::Closed)?;
         answer.await.map_err(|_dropped| StorageError::Closed)?
     }
@@ -374,6 +414,8 @@ struct Worker {
     checkpoints: Checkpoints,
     /// How many requests the next transaction takes, from the times of those before.
     batch: usize,
+    /// Transactions since the last one of maintenance.
+    passed: u32,
     failed: CancellationToken,
     /// When the transaction in hand began.
     in_hand: watch::Sender<Option<Instant>>,
@@ -435,6 +477,15 @@ impl Checkpoints {
         Ok(())
     }
 
+    /// Makes a last one behind one that has ended.
+    async fn finish(&mut self, writer: &mut SqliteConnection) -> StorageResult<()> {
+        let size = self.size();
+        if size >= LARGE_WAL {
+            checkpoint(writer, size).await?;
+        }
+        Ok(())
+    }
+
     /// Begins one, unless one is at work.
     fn begin(&mut self, size: u64) {
         match std::mem::replace(&mut self.state, Checkpointer::Lost) {
@@ -469,7 +520,12 @@ async fn checkpoint(connection: &mut SqliteConnection, size: u64) -> StorageResu
 }
 
 impl Worker {
-    async fn serve(&mut self, mut queue: mpsc::Receiver<Waiting>, closing: CancellationToken) {
+    async fn serve(
+        &mut self,
+        mut queue: mpsc::Receiver<Waiting>,
+        mut maintenance: mpsc::Receiver<Waiting>,
+        closing: CancellationToken,
+    ) {
         if let Err(error) = self.begin_anew().await
             && self.is_over(&error)
         {
@@ -477,16 +533,39 @@ impl Worker {
         }
         let mut batch = Vec::with_capacity(BATCH);
         loop {
-            tokio::select! {
-                biased;
-                received = queue.recv_many(&mut batch, self.batch) => if received == 0 { return },
-                // Biased: what was queued before the close is served first.
-                () = closing.cancelled() => return,
-                ended = self.checkpoints.ended() => {
-                    if let Err(error) = ended && self.is_over(&error) {
-                        return;
+            // During a checkpoint it waits: what it writes meanwhile would keep the WAL from beginning
+            // anew, until the writer has to see to that itself.
+            let may_maintain = !matches!(self.checkpoints.state, Checkpointer::Busy(_));
+            let has_waited = may_maintain && self.passed >= PASSED_AT_MOST;
+            let waiting = has_waited.then(|| maintenance.try_recv().ok()).flatten();
+            if let Some(request) = waiting {
+                self.passed = 0;
+                batch.push(request);
+            } else {
+                tokio::select! {
+                    biased;
+                    received = queue.recv_many(&mut batch, self.batch) => {
+                        if received == 0 {
+                            return;
+                        }
+                        self.passed = self.passed.saturating_add(1);
                     }
-                    continue;
+                    // Biased: what was queued before the close is served first.
+                    () = closing.cancelled() => return,
+                    Some(request) = maintenance.recv(), if may_maintain => {
+                        self.passed = 0;
+                        batch.push(request);
+                    }
+                    ended = self.checkpoints.ended() => {
+                        let ended = match ended {
+                            Ok(()) => self.checkpoints.finish(&mut self.connection).await,
+                            failed => failed,
+                        };
+                        if let Err(error) = ended && self.is_over(&error) {
+                            return;
+                        }
+                        continue;
+                    }
                 }
             }
             self.in_hand.send_replace(Some(Instant::now()));
