@@ -840,6 +840,69 @@ mod tests {
         writer.close().await;
     }
 
+    /// The order in which two requests run that wait while a transaction is in hand, the first of them
+    /// one of maintenance.
+    async fn order_behind_one_in_hand(writer: &Writer) -> Vec<&'static str> {
+        let (begun, release) = (
+            Arc::new(tokio::sync::Notify::new()),
+            Arc::new(tokio::sync::Notify::new()),
+        );
+        let (tell, wait) = (begun.clone(), release.clone());
+        let in_hand = writer.write(move |_| {
+            Box::pin(async move {
+                tell.notify_one();
+                wait.notified().await;
+                Ok(())
+            })
+        });
+        let order = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let note = |name| {
+            let order = order.clone();
+            move || order.lock().unwrap().push(name)
+        };
+        let (maintenance, request) = (note("maintenance"), note("request"));
+        let others = async {
+            begun.notified().await;
+            let maintained = writer.write_behind(move |_| {
+                maintenance();
+                Box::pin(async { Ok(()) })
+            });
+            let asked = writer.write(move |_| {
+                request();
+                Box::pin(async { Ok(()) })
+            });
+            let queued = async {
+                while writer.requests.capacity() == QUEUE || writer.behind.capacity() > 0 {
+                    tokio::task::yield_now().await;
+                }
+                release.notify_one();
+            };
+            tokio::join!(maintained, asked, queued)
+        };
+        let (in_hand, (maintained, asked, ())) = tokio::join!(in_hand, others);
+        in_hand.and(maintained).and(asked).unwrap();
+        let order = order.lock().unwrap();
+        order.clone()
+    }
+
+    #[tokio::test]
+    async fn maintenance_lets_others_go_first_but_not_for_ever() {
+        let directory = tempfile::tempdir().unwrap();
+        let writer = writer(directory.path()).await;
+        assert_eq!(
+            order_behind_one_in_hand(&writer).await,
+            ["request", "maintenance"]
+        );
+        for _ in 0..PASSED_AT_MOST {
+            writer.ping().await.unwrap();
+        }
+        assert_eq!(
+            order_behind_one_in_hand(&writer).await,
+            ["maintenance", "request"]
+        );
+        writer.close().await;
+    }
+
     #[test]
     fn a_few_requests_are_no_measure() {
         assert_eq!(next_batch(64, 3, MS, MS), 64);
