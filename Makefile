@@ -14,7 +14,7 @@ soak: tools ## the long forms: more kills, larger tables
 	SOAK=1 $(CARGO) test --locked --test durability
 	SOAK=1 $(CARGO) test --locked --test jobs installation
 
-bench: tools ## our figures beside their references; ONLY=purge for one section
+bench: tools ## our figures beside their references; ONLY=purge for one section, QUICK=1 for a try
 	PG_FSYNC=on $(CARGO) bench --locked --bench figures -- $(ONLY)
 
 lint: ## format, clippy and documentation, warnings as errors
