@@ -848,6 +848,42 @@ impl PgStorage {
         .await?;
         Ok(())
     }
+
+    /// The same where the range of their ids holds few rows of others: it is read, in place of a look
+    /// for each of them, which would take as long again as their deletion.
+    pub(super) async fn forget_late_in_range(
+        &self,
+        tenant: &TenantId,
+        gone: &[Uuid],
+    ) -> StorageResult<()> {
+        let (Some(first), Some(last)) = (gone.iter().min(), gone.iter().max()) else {
+            return Ok(());
+        };
+        sqlx::query(
+            "with gone as materialized (select unnest($2::uuid[]) as id),
+             outbox as (
+                 delete from event_outbox o
+                 where tenant_id = $1 and event_id between $3 and $4
+                   and (event_id in (select id from gone)) is true and not exists (
+                     select from contact_events e where e.tenant_id = $1 and e.id = o.event_id)),
+             deliveries as (
+                 delete from event_deliveries d
+                 where tenant_id = $1 and event_id between $3 and $4
+                   and (event_id in (select id from gone)) is true and not exists (
+                     select from contact_events e where e.tenant_id = $1 and e.id = d.event_id))
+             delete from event_reads r
+             where tenant_id = $1 and event_id between $3 and $4
+               and (event_id in (select id from gone)) is true and not exists (
+                 select from contact_events e where e.tenant_id = $1 and e.id = r.event_id)",
+        )
+        .bind(tenant.as_str())
+        .bind(gone)
+        .bind(first)
+        .bind(last)
+        .execute(&self.worker)
+        .await?;
+        Ok(())
+    }
 }
 
 /// The left join's one row where nothing is new.

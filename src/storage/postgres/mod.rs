@@ -42,6 +42,8 @@ struct Limits {
     lock: &'static str,
     /// Whether rows may be read out of their order, and sorted: "on" or "off".
     sort: &'static str,
+    /// Whether a commit waits for the disk; `None` leaves it to the server.
+    synchronous_commit: Option<&'static str>,
 }
 
 /// Somebody waits for the answer.
@@ -49,27 +51,32 @@ const FOREGROUND: Limits = Limits {
     statement: "10s",
     lock: "5s",
     sort: "on",
+    synchronous_commit: None,
 };
 /// Batches of maintenance.
 const WORKER: Limits = Limits {
     statement: "60s",
     lock: "5s",
     sort: "on",
+    synchronous_commit: None,
 };
 /// Batches of the purge, which should take 50 ms. While one waits for a lock, others wait for those
 /// that it has: it gives up before they notice, and comes again with less. On a table that nobody has
 /// analyzed, such as a restored one, the planner takes what is due for a few rows, and would read and
-/// sort all of it for each batch; in the index they are in order.
+/// sort all of it for each batch; in the index they are in order. Nobody was promised what it does: it
+/// is on the disk before the run's end is, and what a crash takes back is done again.
 const PURGE: Limits = Limits {
     statement: "5s",
     lock: "100ms",
     sort: "off",
+    synchronous_commit: Some("off"),
 };
 /// An index over a large table takes its time; a second daemon waits until the first has migrated.
 const MIGRATION: Limits = Limits {
     statement: "0",
     lock: "60s",
     sort: "on",
+    synchronous_commit: None,
 };
 
 /// An open PostgreSQL database.
@@ -205,6 +212,7 @@ async fn settle(connection: &mut PgConnection, limits: Limits) -> Result<(), sql
                 set_config('lock_timeout', $2, false),
                 set_config('enable_sort', $3, false),
                 set_config('enable_bitmapscan', $3, false),
+                set_config('synchronous_commit', coalesce($4, current_setting('synchronous_commit')), false),
                 -- a daemon that hangs or is cut off must not keep its locks
                 set_config('idle_in_transaction_session_timeout', '60s', false),
                 -- what a statement waited for is what its next one must see
@@ -218,6 +226,7 @@ async fn settle(connection: &mut PgConnection, limits: Limits) -> Result<(), sql
     .bind(limits.statement)
     .bind(limits.lock)
     .bind(limits.sort)
+    .bind(limits.synchronous_commit)
     .execute(connection)
     .await?;
     Ok(())

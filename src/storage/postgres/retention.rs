@@ -128,6 +128,10 @@ macro_rules! end_sweep {
                     4 * (select count(*) from gone) as most),
          dense as materialized (
              select (select count(*) from (
+                        select from event_outbox d
+                        where d.tenant_id = $1 and d.event_id between b.first and b.last
+                        limit b.most) n) < b.most as outbox,
+                    (select count(*) from (
                         select from event_deliveries d
                         where d.tenant_id = $1 and d.event_id between b.first and b.last
                         limit b.most) n) < b.most as deliveries,
@@ -138,7 +142,14 @@ macro_rules! end_sweep {
              from bounds b),
          outbox as (
              delete from event_outbox
-             where tenant_id = $1 and event_id = any(array(select id from gone))),
+             where tenant_id = $1
+               and event_id = any(array(select id from gone where not (select outbox from dense)))),
+         dense_outbox as (
+             delete from event_outbox
+             where tenant_id = $1 and (select outbox from dense)
+               and event_id between (select first from bounds) and (select last from bounds)
+               -- hashed, where a plain one would be a look for each
+               and (event_id in (select id from gone)) is true),
          deliveries as (
              delete from event_deliveries
              where tenant_id = $1
@@ -147,7 +158,6 @@ macro_rules! end_sweep {
              delete from event_deliveries
              where tenant_id = $1 and (select deliveries from dense)
                and event_id between (select first from bounds) and (select last from bounds)
-               -- hashed, where a plain one would be a look for each
                and (event_id in (select id from gone)) is true),
          reads as (
              delete from event_reads
@@ -165,6 +175,7 @@ macro_rules! end_sweep {
              on conflict (tenant_id, run_id, rule, cause) do update
              set deleted = deletion_ledger.deleted + excluded.deleted, last_at = excluded.last_at)
          select array(select id from gone) as gone,
+                (select outbox and deliveries and reads from dense) as is_dense,
                 ($9::uuid is null or exists (select from run)) as is_ours,
                 exists (select from gate) as is_current"
     };
@@ -328,7 +339,11 @@ impl RetentionStore for PgStorage {
                 continue;
             }
             let gone: Vec<Uuid> = row.try_get("gone")?;
-            self.forget_late(&sweep.tenant, &gone).await?;
+            if row.flag("is_dense")? {
+                self.forget_late_in_range(&sweep.tenant, &gone).await?;
+            } else {
+                self.forget_late(&sweep.tenant, &gone).await?;
+            }
             let deleted = gone.len() as u64;
             if statement == SWEEP_PLAIN {
                 return Ok(Batch {

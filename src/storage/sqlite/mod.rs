@@ -69,7 +69,7 @@ impl SqliteStorage {
             // A statement that takes longer than a second is worth a line.
             .log_statements(tracing::log::LevelFilter::Trace)
             .log_slow_statements(tracing::log::LevelFilter::Warn, Duration::from_secs(1));
-        let writer = Writer::open(path, &options).await?;
+        let writer = Writer::open(path, &options, durable).await?;
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
             .min_connections(0)

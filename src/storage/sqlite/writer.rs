@@ -258,7 +258,12 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    pub(super) async fn open(path: &Path, options: &SqliteConnectOptions) -> StorageResult<Self> {
+    /// Begins to write the file at `path`. `is_durable`: `options` ask for `synchronous = full`.
+    pub(super) async fn open(
+        path: &Path,
+        options: &SqliteConnectOptions,
+        is_durable: bool,
+    ) -> StorageResult<Self> {
         let options = options.clone().pragma("wal_autocheckpoint", "0");
         let checkpointer = options.connect().await?;
         let connection = options
@@ -282,6 +287,7 @@ impl Writer {
         let (in_hand, began) = watch::channel(None);
         let mut worker = Worker {
             connection,
+            is_durable,
             checkpoints: Checkpoints {
                 wal: PathBuf::from(wal),
                 at: CHECKPOINT_BYTES,
@@ -356,7 +362,9 @@ impl Writer {
     }
 
     /// Runs `request` in a transaction of its own when nobody else waits, or has waited for long: what
-    /// maintenance does keeps others waiting for one such transaction at most.
+    /// maintenance does keeps others waiting for one such transaction at most. It is committed when this
+    /// returns, and durable with the next [`Self::write`]: a power cut before takes it back, and it is
+    /// done again.
     pub(super) async fn write_behind<T, F>(&self, request: F) -> StorageResult<T>
     where
         T: Send + 'static,
@@ -411,6 +419,8 @@ impl Writer {
 
 struct Worker {
     connection: SqliteConnection,
+    /// Whether a commit waits for the disk.
+    is_durable: bool,
     checkpoints: Checkpoints,
     /// How many requests the next transaction takes, from the times of those before.
     batch: usize,
@@ -538,8 +548,8 @@ impl Worker {
             let may_maintain = !matches!(self.checkpoints.state, Checkpointer::Busy(_));
             let has_waited = may_maintain && self.passed >= PASSED_AT_MOST;
             let waiting = has_waited.then(|| maintenance.try_recv().ok()).flatten();
+            let mut is_maintenance = waiting.is_some();
             if let Some(request) = waiting {
-                self.passed = 0;
                 batch.push(request);
             } else {
                 tokio::select! {
@@ -553,7 +563,7 @@ impl Worker {
                     // Biased: what was queued before the close is served first.
                     () = closing.cancelled() => return,
                     Some(request) = maintenance.recv(), if may_maintain => {
-                        self.passed = 0;
+                        is_maintenance = true;
                         batch.push(request);
                     }
                     ended = self.checkpoints.ended() => {
@@ -570,7 +580,12 @@ impl Worker {
             }
             self.in_hand.send_replace(Some(Instant::now()));
             let requests = batch.len();
-            let (done, result) = self.transact(steps(&mut batch), requests).await;
+            let steps = steps(&mut batch);
+            let (done, result) = if is_maintenance {
+                self.maintain(steps).await
+            } else {
+                self.transact(steps, requests).await
+            };
             let failure = result.err();
             for done in done {
                 (done.answer)(failure.clone());
@@ -607,6 +622,34 @@ impl Worker {
             tracing::warn!(error = %chain(error), "could not checkpoint the database");
         }
         is_the_end
+    }
+
+    /// Runs the steps of maintenance in one transaction, whose commit does not wait for the disk: nobody
+    /// was promised anything, and an fsync of all the pages that it wrote would keep others waiting for
+    /// as long as the rest of it. It is on the disk with the next commit of theirs, or a checkpoint.
+    async fn maintain(&mut self, steps: Vec<Box<dyn Request>>) -> (Vec<Done>, StorageResult<()>) {
+        self.passed = 0;
+        if !self.is_durable {
+            return self.transact(steps, 1).await;
+        }
+        // Where it fails, the commit waits.
+        if let Err(error) = self.set_synchronous("pragma synchronous = normal").await {
+            tracing::debug!(error = %chain(&error), "maintenance waits for the disk");
+        }
+        let (done, result) = self.transact(steps, 1).await;
+        let restored = self.set_synchronous("pragma synchronous = full").await;
+        // Nothing more may be acknowledged that a power cut would take back.
+        let restored = restored.map_err(|error| StorageError::Durability(Arc::new(error)));
+        (done, result.and(restored))
+    }
+
+    /// Not kept as a prepared statement: SQLite obeys this one while it prepares it.
+    async fn set_synchronous(&mut self, pragma: &'static str) -> Result<(), sqlx::Error> {
+        sqlx::query(pragma)
+            .persistent(false)
+            .execute(&mut self.connection)
+            .await?;
+        Ok(())
     }
 
     /// Runs steps, which hold so many requests, in one transaction. On an error everything in it is
@@ -780,7 +823,7 @@ mod tests {
             .create_if_missing(true)
             .journal_mode(sqlx::sqlite::SqliteJournalMode::Wal)
             .synchronous(sqlx::sqlite::SqliteSynchronous::Full);
-        Writer::open(&path, &options).await.unwrap()
+        Writer::open(&path, &options, true).await.unwrap()
     }
 
     #[tokio::test]
@@ -883,6 +926,28 @@ mod tests {
         in_hand.and(maintained).and(asked).unwrap();
         let order = order.lock().unwrap();
         order.clone()
+    }
+
+    fn synchronous(connection: &mut SqliteConnection) -> BoxFuture<'_, StorageResult<i64>> {
+        Box::pin(async move {
+            let level = sqlx::query_scalar("pragma synchronous").fetch_one(connection);
+            Ok(level.await?)
+        })
+    }
+
+    #[tokio::test]
+    async fn only_maintenance_does_not_wait_for_the_disk() {
+        let directory = tempfile::tempdir().unwrap();
+        let writer = writer(directory.path()).await;
+        for _ in 0..3 {
+            assert_eq!(writer.write(synchronous).await.unwrap(), 2);
+            assert_eq!(writer.write_behind(synchronous).await.unwrap(), 1);
+        }
+        let failed =
+            writer.write_behind::<(), _>(|_| Box::pin(async { Err(StorageError::Fenced) }));
+        assert!(matches!(failed.await, Err(StorageError::Fenced)));
+        assert_eq!(writer.write(synchronous).await.unwrap(), 2);
+        writer.close().await;
     }
 
     #[tokio::test]
