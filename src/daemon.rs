@@ -27,8 +27,8 @@ use crate::domain::{Clock, Retention, RetentionRule, RunId};
 use crate::erasure::{Book, Eraser, EraserParts};
 use crate::export::{self, Exporter};
 use crate::jobs::{
-    AlertSettings, Alerts, Deliver, Job, Pulse, Purge, Runner, RunnerHandle, RunnerSettings,
-    ScheduleExports,
+    AlertSettings, Alerts, BatchTime, Deliver, Job, Pulse, Purge, Runner, RunnerHandle,
+    RunnerSettings, ScheduleExports,
 };
 use crate::live::{Acknowledger, Hub, LiveCounts, Pump, SessionSettings};
 use crate::mail::Mailer;
@@ -44,8 +44,14 @@ const ABORT_GRACE: Duration = Duration::from_secs(2);
 const DEFAULT_BATCH: u32 = 100;
 /// How long a transaction of the purge should take: SQLite has one writer, and inserts wait for it, and
 /// then for the disk, which takes about as long again.
-const SQLITE_BATCH_TIME: Duration = Duration::from_millis(5);
-const POSTGRES_BATCH_TIME: Duration = Duration::from_millis(50);
+const SQLITE_BATCH_TIME: BatchTime = BatchTime {
+    alone: Duration::from_millis(10),
+    beside_others: Duration::from_millis(3),
+};
+const POSTGRES_BATCH_TIME: BatchTime = BatchTime {
+    alone: Duration::from_millis(50),
+    beside_others: Duration::from_millis(50),
+};
 
 /// A running daemon.
 pub struct Daemon {
@@ -623,7 +629,7 @@ pub fn eraser_parts(
             Transport::Directory(directory) => Some(directory.clone()),
             Transport::Smtp(_) => None,
         },
-        batch_time: batch_time(storage),
+        batch_time: batch_time(storage).beside_others,
         is_alone: storage.is_exclusive(),
         tracker,
         stop,
@@ -631,7 +637,7 @@ pub fn eraser_parts(
 }
 
 /// How long a transaction that deletes should take.
-fn batch_time(storage: &Storage) -> Duration {
+fn batch_time(storage: &Storage) -> BatchTime {
     if storage.is_exclusive() {
         SQLITE_BATCH_TIME
     } else {

@@ -26,7 +26,7 @@ pub use controls::resume;
 pub use deliver::Deliver;
 pub use export::ScheduleExports;
 pub use pulse::Pulse;
-pub use purge::{Due, DuePart, Purge, what_to_do};
+pub use purge::{BatchTime, Due, DuePart, Purge, what_to_do};
 pub(crate) use purge::{FIRST_BATCH, next_batch};
 pub use runner::{Runner, RunnerHandle, RunnerSettings};
 

@@ -54,7 +54,16 @@ pub struct Purge {
     /// How many rows a second it deletes at most; 0 is as many as it can.
     pub max_rate: u32,
     /// How long a transaction should take: batches grow and shrink towards it.
-    pub batch_time: Duration,
+    pub batch_time: BatchTime,
+}
+
+/// How long transactions that delete should take.
+#[derive(Debug, Clone, Copy)]
+pub struct BatchTime {
+    /// While nobody else wants the database.
+    pub alone: Duration,
+    /// While others do, and may wait for it.
+    pub beside_others: Duration,
 }
 
 #[async_trait]
@@ -242,8 +251,8 @@ impl Purge {
             *after = batch.last;
             context.report.add("deleted", batch.deleted);
             context.report.add("held", batch.held);
-            let is_end = pace.is_end(batch.seen, batch.deleted, batch.took);
             pace.is_alone = batch.was_alone;
+            let is_end = pace.is_end(batch.seen, batch.deleted, batch.took);
             pace.pause(context, is_end).await;
             if is_end {
                 return Ok(Ending::Finished);
@@ -264,7 +273,7 @@ impl Purge {
                 return Ok(Ending::Finished);
             }
             tokio::select! {
-                () = tokio::time::sleep(began.elapsed().min(self.batch_time)) => {}
+                () = tokio::time::sleep(began.elapsed().min(self.batch_time.alone)) => {}
                 () = context.stop.cancelled() => {}
             }
         }
@@ -336,7 +345,7 @@ struct Course<'a> {
 
 /// How large batches are, and how long the pauses between them.
 struct Pace {
-    batch_time: Duration,
+    batch_time: BatchTime,
     max_rate: u32,
     limit: u32,
     began: Instant,
@@ -349,7 +358,7 @@ struct Pace {
 }
 
 impl Pace {
-    fn new(batch_time: Duration, max_rate: u32) -> Self {
+    fn new(batch_time: BatchTime, max_rate: u32) -> Self {
         Self {
             batch_time,
             max_rate,
@@ -384,8 +393,16 @@ impl Pace {
             "purged a batch"
         );
         let is_end = seen < u64::from(self.limit);
-        self.limit = next_batch(self.limit, took, self.batch_time);
+        self.limit = next_batch(self.limit, took, self.target());
         is_end
+    }
+
+    fn target(&self) -> Duration {
+        if self.is_alone {
+            self.batch_time.alone
+        } else {
+            self.batch_time.beside_others
+        }
     }
 
     /// How long others get the database after a batch: as long as it took, where there are any, and as
@@ -395,7 +412,7 @@ impl Pace {
         let fair = if is_end || self.is_alone {
             Duration::ZERO
         } else {
-            self.took.min(self.batch_time)
+            self.took.min(self.batch_time.beside_others)
         };
         if self.max_rate == 0 {
             return fair;
@@ -443,12 +460,28 @@ pub(crate) fn next_batch(limit: u32, took: Duration, target: Duration) -> u32 {
 mod tests {
     use super::*;
 
+    const TIME: BatchTime = BatchTime {
+        alone: Duration::from_millis(50),
+        beside_others: Duration::from_millis(20),
+    };
+
+    #[test]
+    fn a_batch_is_shorter_while_others_want_the_database() {
+        let mut pace = Pace::new(TIME, 0);
+        let took = Duration::from_millis(40);
+        pace.is_end(1, 1, took);
+        assert_eq!(pace.limit, FIRST_BATCH / 2);
+        pace.is_alone = true;
+        pace.is_end(1, 1, took);
+        assert_eq!(pace.limit, FIRST_BATCH / 2 * 5 / 4);
+    }
+
     #[test]
     fn a_rate_makes_pauses_longer_never_shorter() {
         let pace = |max_rate, deleted| Pace {
             took: Duration::from_millis(10),
             deleted,
-            ..Pace::new(Duration::from_millis(50), max_rate)
+            ..Pace::new(TIME, max_rate)
         };
         let millis = Duration::from_millis;
         assert_eq!(pace(0, 1_000).break_after(false), millis(10));
@@ -461,7 +494,7 @@ mod tests {
 
     #[test]
     fn a_batch_gives_way_for_half_a_minute_and_is_smaller_each_time() {
-        let mut pace = Pace::new(Duration::from_millis(50), 0);
+        let mut pace = Pace::new(TIME, 0);
         let mut waits = Vec::new();
         while let Some(wait) = pace.give_way() {
             waits.push((pace.limit, wait.as_millis()));
