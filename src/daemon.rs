@@ -645,6 +645,7 @@ pub fn export_settings(config: &Config, bound: SocketAddr, worker: Uuid) -> expo
     export::Settings {
         directory: config.export.directory.clone(),
         keep: config.export.keep,
+        paper: export::Paper::default(),
         public_url: config.http.link_base(bound),
         worker,
         from: config.mail.from.clone(),

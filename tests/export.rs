@@ -988,6 +988,7 @@ impl Home {
         let settings = Settings {
             directory: self.config.export.directory.clone(),
             keep: self.config.export.keep,
+            paper: timelined::export::Paper::default(),
             public_url: "https://crm.example.com".to_owned(),
             worker: id,
             from: self.config.mail.from.clone(),

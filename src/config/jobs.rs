@@ -161,6 +161,8 @@ pub enum Selection {
 pub enum ExportFormat {
     /// RFC 4180.
     Csv,
+    /// A document.
+    Pdf,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -485,7 +487,11 @@ impl ExportJob {
             section.take_required("tenant", &parsed("the id of a tenant, 1 to 255 characters"));
         let selection = Selection::read(section);
         let audience = section.take("audience", "client", &named(&["client", "agent", "audit"]));
-        let format = section.take("format", "csv", &choice(&[("csv", ExportFormat::Csv)]));
+        let format = section.take(
+            "format",
+            "csv",
+            &choice(&[("csv", ExportFormat::Csv), ("pdf", ExportFormat::Pdf)]),
+        );
         let to = section.take_required(
             "to",
             &some(list(parsed("an address such as \"ops@example.com\""))),

@@ -86,6 +86,17 @@ impl PartFile {
     }
 }
 
+impl Write for PartFile {
+    fn write(&mut self, content: &[u8]) -> io::Result<usize> {
+        self.append(content)?;
+        Ok(content.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 impl Drop for PartFile {
     fn drop(&mut self) {
         if let Some(part) = &self.part

@@ -10,7 +10,9 @@ mod deliver;
 mod file;
 mod letter;
 mod outage;
+mod pdf;
 mod render;
+mod words;
 mod writer;
 
 use std::num::NonZeroU32;
@@ -35,6 +37,8 @@ use crate::telemetry::chain;
 pub use csv::Column;
 use deliver::Hold;
 use outage::Outage;
+pub use pdf::Paper;
+pub use words::Locale;
 
 /// Other processes add rows too, and cannot wake this one. Not each second: two such looks would be half
 /// of what an idle daemon asks of a server.
@@ -57,6 +61,8 @@ closed_set!(
     Format, "format of an export", {
         /// RFC 4180.
         Csv = "csv",
+        /// A document for people; several in a ZIP, where the timeline is long.
+        Pdf = "pdf",
     }
 );
 
@@ -84,6 +90,7 @@ impl From<ExportFormat> for Format {
     fn from(format: ExportFormat) -> Self {
         match format {
             ExportFormat::Csv => Self::Csv,
+            ExportFormat::Pdf => Self::Pdf,
         }
     }
 }
@@ -93,6 +100,10 @@ impl From<ExportFormat> for Format {
 pub enum FileKind {
     /// RFC 4180.
     Csv,
+    /// A document.
+    Pdf,
+    /// Documents with a manifest.
+    Zip,
     /// A row from elsewhere names something else.
     Other,
 }
@@ -103,6 +114,8 @@ impl FileKind {
     pub fn of(file_name: &str) -> Self {
         match file_name.split_once('.') {
             Some((_, "csv")) => Self::Csv,
+            Some((_, "pdf")) => Self::Pdf,
+            Some((_, "zip")) => Self::Zip,
             _ => Self::Other,
         }
     }
@@ -112,6 +125,8 @@ impl FileKind {
     pub fn media_type(self) -> &'static str {
         match self {
             Self::Csv => "text/csv; charset=utf-8; header=present",
+            Self::Pdf => "application/pdf",
+            Self::Zip => "application/zip",
             Self::Other => "application/octet-stream",
         }
     }
@@ -121,6 +136,8 @@ impl FileKind {
     pub fn extension(self) -> &'static str {
         match self {
             Self::Csv => "csv",
+            Self::Pdf => "pdf",
+            Self::Zip => "zip",
             Self::Other => "bin",
         }
     }
@@ -148,6 +165,8 @@ pub struct Settings {
     pub from: Mailbox,
     /// The largest file that a mail carries, in bytes.
     pub max_attachment: u64,
+    /// How documents are made.
+    pub paper: Paper,
     /// What becomes of a mail that may or may not have been taken.
     pub uncertain: Uncertain,
 }
@@ -432,7 +451,7 @@ mod tests {
         assert_eq!("csv".parse(), Ok(Format::Csv));
         assert_eq!(
             "doc".parse::<Format>().unwrap_err().to_string(),
-            "\"doc\" is not a format of an export; allowed: csv"
+            "\"doc\" is not a format of an export; allowed: csv pdf"
         );
     }
 }

@@ -78,10 +78,15 @@ impl Exporter {
         let ended = rendering.await.unwrap_or(Err(RenderError::Panicked));
         let elapsed_ms = (self.clock.now() - began).num_milliseconds();
         let error = match ended {
-            Ok(Ending::Finished(Rendered { rows, bytes, .. }, Notes { guarded_cells })) => {
+            Ok(Ending::Finished(Rendered { rows, bytes, .. }, notes)) => {
+                let Notes {
+                    guarded_cells,
+                    missing_glyphs,
+                    left_out,
+                } = notes;
                 tracing::info!(
                     export.id = %export.id, tenant.id = %export.tenant_id, export.attempt = export.attempt,
-                    rows, bytes, guarded_cells, elapsed_ms, "exported {rows} events"
+                    rows, bytes, guarded_cells, missing_glyphs, left_out, elapsed_ms, "exported {rows} events"
                 );
                 return Ok(());
             }
@@ -134,7 +139,7 @@ impl Exporter {
         if !self.keep_claim(export, 0, total).await? {
             return Ok(Ending::Lost);
         }
-        let mut writer = self.begin(export).await?;
+        let mut writer = self.begin(export, total).await?;
         let (mut rows, mut after, mut renewed_at) = (0, None, now);
         loop {
             if stop.is_cancelled() {
@@ -199,12 +204,12 @@ impl Exporter {
             .await
     }
 
-    async fn begin(&self, export: &Export) -> Result<Box<dyn Writer>, RenderError> {
+    async fn begin(&self, export: &Export, total: u64) -> Result<Box<dyn Writer>, RenderError> {
         let (directory, export) = (self.settings.directory.clone(), export.clone());
-        let worker = self.settings.worker;
+        let (worker, paper) = (self.settings.worker, self.settings.paper.clone());
         let begun = spawn_blocking(move || {
             let file = PartFile::create(&directory, &export.id.to_string(), worker)?;
-            writer::begin(&export, file)
+            writer::begin(&export, total, &paper, file)
         });
         Ok(begun.await??)
     }

@@ -7,6 +7,7 @@
 use super::Format;
 use super::csv::Sheet;
 use super::file::{PartFile, Written};
+use super::pdf::{Paper, PdfFile};
 use crate::domain::{ContactEvent, UnknownKind};
 use crate::storage::Export;
 
@@ -31,6 +32,10 @@ pub(super) struct Finished {
 pub(super) struct Notes {
     /// Cells that a spreadsheet would have run.
     pub(super) guarded_cells: u64,
+    /// Characters that no font has.
+    pub(super) missing_glyphs: u64,
+    /// Events that the format has no room for; the file says so.
+    pub(super) left_out: u64,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -40,12 +45,20 @@ pub(super) enum WriteError {
     Unknown(#[from] UnknownKind),
     #[error("the file cannot be written")]
     File(#[from] std::io::Error),
+    #[error("the document cannot be made: {0}")]
+    Document(String),
 }
 
-/// Begins `file` in the format that `export` asks for.
-pub(super) fn begin(export: &Export, file: PartFile) -> Result<Box<dyn Writer>, WriteError> {
+/// Begins `file` in the format that `export` asks for. It will have some `total` rows.
+pub(super) fn begin(
+    export: &Export,
+    total: u64,
+    paper: &Paper,
+    file: PartFile,
+) -> Result<Box<dyn Writer>, WriteError> {
     Ok(match export.request.format.parse()? {
         Format::Csv => Box::new(CsvFile::begin(export, file)?),
+        Format::Pdf => Box::new(PdfFile::begin(export, total, paper, file)?),
     })
 }
 

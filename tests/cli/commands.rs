@@ -118,8 +118,8 @@ fn wrong_arguments_end_with_2_and_say_what_is_right() {
             "cannot be used with",
         ),
         (
-            export(&["--output", "f", "--format", "pdf"]),
-            "\"pdf\" is not a format of an export; allowed: csv",
+            export(&["--output", "f", "--format", "doc"]),
+            "\"doc\" is not a format of an export; allowed: csv pdf",
         ),
         (export(&["--to", "nobody"]), "--to <ADDRESS>"),
         (
