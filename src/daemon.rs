@@ -645,7 +645,13 @@ pub fn export_settings(config: &Config, bound: SocketAddr, worker: Uuid) -> expo
     export::Settings {
         directory: config.export.directory.clone(),
         keep: config.export.keep,
-        paper: export::Paper::default(),
+        paper: export::Paper {
+            fonts: config.export.fonts.clone(),
+            locale: config.export.locale,
+            max_events: config.export.pdf_max_events,
+            colour: config.export.branding.colour,
+            footer: config.export.branding.footer.clone(),
+        },
         public_url: config.http.link_base(bound),
         worker,
         from: config.mail.from.clone(),

@@ -39,7 +39,7 @@ pub use layers::Source;
 pub use mail::{Mail, Smtp, SmtpLogin, SmtpTls, Transport, Uncertain};
 pub use notes::{Entry, Origin};
 pub use secret::Secret;
-pub use sections::{Export, History, Log, LogFormat, Realtime};
+pub use sections::{Branding, Export, History, Log, LogFormat, Realtime};
 
 /// Everything that an operator decides.
 #[derive(Debug, Clone, PartialEq)]

@@ -10,6 +10,7 @@ mod event;
 mod ids;
 mod json;
 mod kinds;
+mod locale;
 mod retention;
 
 pub use audience::{Audience, Visibility};
@@ -23,4 +24,5 @@ pub use ids::{
 pub use json::{JsonObject, JsonObjectError};
 pub(crate) use kinds::closed_set;
 pub use kinds::{Category, EventType, Priority, Source, UnknownKind, event_types};
+pub use locale::Locale;
 pub use retention::{Cause, Retention, RetentionRule, Scope, Sweep};

@@ -38,7 +38,6 @@ pub use csv::Column;
 use deliver::Hold;
 use outage::Outage;
 pub use pdf::Paper;
-pub use words::Locale;
 
 /// Other processes add rows too, and cannot wake this one. Not each second: two such looks would be half
 /// of what an idle daemon asks of a server.

@@ -5,17 +5,7 @@ use std::collections::HashMap;
 use chrono::{Datelike, NaiveDate};
 use serde::Deserialize;
 
-use crate::domain::{Audience, Category, Priority, closed_set};
-
-closed_set!(
-    /// A language of documents.
-    Locale, "language", {
-        /// English.
-        English = "en",
-        /// Portuguese.
-        Portuguese = "pt",
-    }
-);
+use crate::domain::{Audience, Category, Locale, Priority};
 
 /// The words of one language; each field is named as in its file.
 #[derive(Debug, Clone, Deserialize)]

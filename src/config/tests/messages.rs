@@ -235,6 +235,14 @@ const WRONG_VALUES: &[(&str, &str)] = &[
         "1:20: export.directory: [] is a list, not text in quotes; a path; relative ones begin in the state directory",
     ),
     (
+        "export.branding.colour = \"blue\"",
+        "1:26: export.branding.colour: \"blue\" is not a colour; a colour such as \"#1f4e79\"",
+    ),
+    (
+        "export.locale = \"de\"",
+        "1:17: export.locale: \"de\" is unknown; \"en\" or \"pt\"",
+    ),
+    (
         "export.keep = \"7 dogs\"",
         "1:15: export.keep: \"7 dogs\" is not a duration (unknown time unit \"dogs\", supported units: ns, us/µs, ms, sec, min, hours, days, weeks, months, years (and few variations)); a duration from 1s to 3650d, such as \"90s\" or \"1h 30m\"",
     ),
@@ -397,8 +405,8 @@ fn wrong_exports_are_told_by_their_names() {
             "8:12: jobs.x.audience: \"agents\" is unknown; \"client\", \"agent\" or \"audit\"; did you mean \"agent\"?",
         ),
         (
-            export(&format!("{all}format = \"pdf\"")),
-            "8:10: jobs.x.format: \"pdf\" is unknown; only \"csv\"",
+            export(&format!("{all}format = \"doc\"")),
+            "8:10: jobs.x.format: \"doc\" is unknown; \"csv\" or \"pdf\"",
         ),
         (
             export(&format!("{all}period = \"0s\"")),

@@ -24,9 +24,9 @@ use zip::write::{SimpleFileOptions, StreamWriter, ZipWriter};
 
 use super::csv::Column;
 use super::file::PartFile;
-use super::words::{Locale, Words};
+use super::words::Words;
 use super::writer::{Finished, Notes, WriteError, Writer};
-use crate::domain::{ContactEvent, UnknownKind, format_time};
+use crate::domain::{ContactEvent, Locale, UnknownKind, format_time};
 use crate::storage::Export;
 use draw::About;
 use fonts::Fonts;

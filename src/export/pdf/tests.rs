@@ -277,15 +277,17 @@ fn what_a_client_may_not_see_and_what_is_redacted_is_left_out() {
 }
 
 #[test]
-fn an_empty_timeline_is_a_page_that_says_so_in_the_language() {
+fn an_empty_timeline_is_a_page_that_says_so_in_the_language_above_the_footer() {
     let paper = Paper {
         locale: Locale::Portuguese,
+        footer: "Casa Azul, Lda.".to_owned(),
         ..Paper::default()
     };
     let written = Written::of(&export(|_| {}), &paper, &[]);
     let text = written.text();
     assert!(text.contains("Não há eventos neste período."), "{text}");
     assert!(text.contains("Página 1 de 1"), "{text}");
+    assert!(text.contains("Casa Azul, Lda."), "{text}");
 }
 
 #[test]
