@@ -243,6 +243,54 @@ async fn a_crash_between_a_files_end_and_its_row_forgets_no_file() {
 }
 
 #[tokio::test]
+async fn a_pdf_is_tagged_shows_ink_and_goes_by_mail() {
+    let home = Home::new("").await;
+    let old = "1926-03-02T09:00:00Z".parse().unwrap();
+    home.record(vec![
+        note().title("a century ago").occurred_at(old),
+        note().title("<b>Звонок</b>"),
+    ])
+    .await;
+    let id = home
+        .order_with(|request| {
+            request.format = "pdf".to_owned();
+            request.audience = Audience::Agent;
+            request.to = vec!["ana@example.com".to_owned()];
+        })
+        .await;
+    let worker = home.start();
+    let export = home.until(id, |e| e.state == ExportState::Done).await;
+    assert_eq!(export.rows, 2);
+    let file = home.file(&export);
+    assert!(file.extension().is_some_and(|end| end == "pdf"));
+    let text = output_of("pdftotext", &["-layout"], &file, &["-"]);
+    let text = String::from_utf8(text).unwrap();
+    let first = text.find("Tuesday, 2 March 1926").unwrap();
+    let second = text.find("<b>Звонок</b>").unwrap();
+    assert!(first < second, "{text}");
+    let tags = output_of("pdfinfo", &["-struct"], &file, &[]);
+    let tags = String::from_utf8(tags).unwrap();
+    for tag in ["H1", "H2", "Figure", "Table", "TH", "LBody"] {
+        assert!(tags.contains(tag), "{tag} is missing in {tags}");
+    }
+    for page in ["1", "2"] {
+        let options = ["-r", "30", "-gray", "-f", page, "-l", page];
+        let picture = output_of("pdftoppm", &options, &file, &[]);
+        let dark = picture.iter().filter(|pixel| **pixel < 128).count();
+        assert!(dark > 100, "page {page} has {dark} dark pixels");
+    }
+    worker.end().await;
+}
+
+fn output_of(program: &str, options: &[&str], file: &Path, rest: &[&str]) -> Vec<u8> {
+    let mut command = std::process::Command::new(program);
+    let output = command.args(options).arg(file).args(rest).output();
+    let output = output.expect("tests/support/install.sh installs poppler-utils");
+    assert!(output.status.success(), "{program}: {output:?}");
+    output.stdout
+}
+
+#[tokio::test]
 async fn an_unknown_format_or_field_fails_at_once() {
     let home = Home::new("").await;
     let format = home
