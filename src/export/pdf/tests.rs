@@ -189,6 +189,13 @@ fn a_document_has_cover_chart_days_and_page_numbers() {
     ] {
         assert!(text.contains(part), "{part:?} is missing in {text}");
     }
+    let bytes = std::fs::read(written.path()).unwrap();
+    for claim in ["pdfuaid:part>1<", "pdfaid:part>2<", "pdfaid:conformance>A<"] {
+        let is_there = bytes
+            .windows(claim.len())
+            .any(|part| part == claim.as_bytes());
+        assert!(is_there, "{claim} is missing");
+    }
     let info = run("pdfinfo", &[], &written.path());
     for part in [
         "Tagged:          yes",
