@@ -26,13 +26,13 @@ use timelined::domain::{
     Audience, Category, ContactEvent, ContactId, ExportId, ManualClock, NewContactEvent, Source,
     Subject, TenantId, event_types,
 };
-use timelined::export::{Exporter, Settings};
+use timelined::export::{Exporter, LinkKey, Settings, link_hash};
 use timelined::mail::{Mailer, MailerError};
 use timelined::storage::sqlite::SqliteStorage;
 use timelined::storage::{
     ClaimedDelivery, DeliveryOutcome, DeliveryState, Export, ExportRequest, ExportState,
-    ExportStore, Fence, Key, NewExport, OldFile, Recording, Rendered, Slice, Storage, StorageError,
-    StorageResult,
+    ExportStore, Fence, Key, NewExport, NewMail, OldFile, Recording, Rendered, Slice, Storage,
+    StorageError, StorageResult,
 };
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinHandle;
@@ -656,8 +656,7 @@ async fn a_552_sends_the_mail_without_the_file() {
         assert_eq!(attachment(&mail.content), None);
         let text = mail.words();
         assert!(text.contains("the mail server does not take its"), "{text}");
-        let url = format!("https://crm.example.com/api/v1/exports/{}/file", export.id);
-        assert!(text.contains(&url), "{text}");
+        assert_eq!(home.behind(&link_in(&text)).await, Some(export.id));
     }
 }
 
@@ -697,6 +696,47 @@ async fn whoever_wants_a_link_gets_one() {
     let path = home.path().join("outbox").join(format!("{local}.eml"));
     let mail = std::fs::read_to_string(path).unwrap();
     assert_eq!(attachment(&mail), None);
+    assert_eq!(home.behind(&link_in(&mail)).await, Some(id));
+    let [link] = &home.export(id).await.links[..] else {
+        panic!("one mail, one link");
+    };
+    assert_eq!(link.message_id, export.deliveries[0].message_id);
+    assert_eq!(Some(link.expires_at), export.expires_at);
+    worker.end().await;
+}
+
+#[tokio::test]
+async fn a_mail_that_is_tried_again_carries_the_same_link_and_each_recipient_has_another() {
+    let server = Server::start(&["--script", "drop-after-data"]);
+    let home = Home::new(&server.config("none", false)).await;
+    let id = home
+        .order_with(|request| {
+            request.to = vec!["ana@example.com".to_owned(), "rui@example.com".to_owned()];
+            request.attach = false;
+        })
+        .await;
+    let worker = home.start();
+    home.until_state(id, DeliveryState::Uncertain).await;
+    home.advance(TimeDelta::minutes(1));
+    let all_sent = |e: &Export| e.deliveries.iter().all(|d| d.state == DeliveryState::Sent);
+    home.until(id, all_sent).await;
+    let mails = server.mails();
+    assert_eq!(mails.len(), 3);
+    let mut links: Vec<_> = mails
+        .iter()
+        .map(|mail| (mail.message_id(), link_in(&mail.words())))
+        .collect();
+    links.sort();
+    links.dedup();
+    assert_eq!(links.len(), 2, "{links:?}");
+    assert_eq!(home.export(id).await.links.len(), 2);
+    for (_, link) in links {
+        assert_eq!(home.behind(&link).await, Some(id));
+    }
+    home.advance(TimeDelta::days(7));
+    for mail in mails {
+        assert_eq!(home.behind(&link_in(&mail.words())).await, None, "expired");
+    }
     worker.end().await;
 }
 
@@ -1004,6 +1044,13 @@ impl Home {
             .await
     }
 
+    /// The export that a link leads to now.
+    async fn behind(&self, link: &str) -> Option<ExportId> {
+        let hash = link_hash(link).expect("it is a link");
+        let found = self.storage.exports.linked(&hash, self.now()).await;
+        found.unwrap().map(|export| export.id)
+    }
+
     fn advance(&self, by: TimeDelta) {
         self.clock.advance(by);
         self.wake.notify_one();
@@ -1038,6 +1085,7 @@ impl Home {
             keep: self.config.export.keep,
             paper: timelined::export::Paper::default(),
             public_url: "https://crm.example.com".to_owned(),
+            link_key: LinkKey::new([7; 32]),
             worker: id,
             from: self.config.mail.from.clone(),
             max_attachment: self.config.mail.max_attachment,
@@ -1242,6 +1290,60 @@ impl ExportStore for Hooked {
             .await
     }
 
+    async fn add_link(
+        &self,
+        claimed: &ClaimedDelivery,
+        hash: &str,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        self.inner.add_link(claimed, hash, now).await
+    }
+
+    async fn linked(&self, hash: &str, now: DateTime<Utc>) -> StorageResult<Option<Export>> {
+        self.inner.linked(hash, now).await
+    }
+
+    async fn downloaded(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        link: Option<&str>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        self.inner.downloaded(tenant, id, link, now).await
+    }
+
+    async fn cancel(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        self.inner.cancel(tenant, id, by, now).await
+    }
+
+    async fn resend(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        mails: &[NewMail],
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        self.inner.resend(tenant, id, mails, by, now).await
+    }
+
+    async fn discard(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        self.inner.discard(tenant, id, by, now).await
+    }
+
     async fn release(&self, worker: Uuid) -> StorageResult<()> {
         self.inner.release(worker).await
     }
@@ -1282,6 +1384,12 @@ impl ExportStore for Hooked {
             .active_contacts(tenant, since, category, after, limit)
             .await
     }
+}
+
+/// The link that a mail carries.
+fn link_in(mail: &str) -> String {
+    let (_, rest) = mail.split_once("https://crm.example.com/d/").unwrap();
+    rest.chars().take(22).collect()
 }
 
 fn parse(bytes: &[u8]) -> Vec<std::collections::HashMap<String, String>> {

@@ -108,7 +108,7 @@ async fn serve(
 ) -> Result<Export, Failure> {
     let mailer = Mailer::new(&config.mail).context("cannot set up mail")?;
     let worker = id.uuid();
-    let settings = export_settings(config, config.http.listen, worker);
+    let settings = export_settings(config, config.http.listen, worker)?;
     let exporter = Exporter::new(
         storage.exports.clone(),
         Arc::new(mailer),

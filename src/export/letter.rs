@@ -30,8 +30,8 @@ pub(super) enum Reason {
 /// What the letter needs beside the export.
 pub(super) struct Stationery<'a> {
     pub(super) from: &'a Mailbox,
-    /// What links begin with, without a slash at the end.
-    pub(super) public_url: &'a str,
+    /// Where the file is, for a letter without it.
+    pub(super) link: &'a str,
     pub(super) date: DateTime<Utc>,
 }
 
@@ -65,8 +65,7 @@ pub(super) fn compose(
                 "The timeline of contact {contact} is ready. {}",
                 explanation(reason, export.bytes.unwrap_or(0))
             );
-            let url = format!("{}/api/v1/exports/{}/file", paper.public_url, export.id);
-            (opening, Some(url), None)
+            (opening, Some(paper.link.to_owned()), None)
         }
     };
     let until = export.expires_at.map(|at| local(export, at));
@@ -239,7 +238,11 @@ mod tests {
             sha256: Some("ba7816bf".to_owned()),
             file_name: Some("0190b5f0.csv".to_owned()),
             error: None,
+            downloads: 0,
+            last_download_at: None,
             deliveries: Vec::new(),
+            links: Vec::new(),
+            actions: Vec::new(),
         }
     }
 
@@ -247,7 +250,7 @@ mod tests {
         let from = "CRM <crm@example.com>".parse().unwrap();
         let paper = Stationery {
             from: &from,
-            public_url: "https://crm.example.com",
+            link: "https://crm.example.com/d/AAAAAAAAAAAAAAAAAAAAAA",
             date: DateTime::from_timestamp(1_775_000_002, 0).unwrap(),
         };
         let letter = compose(&export(), "ana@example.com", "a.0@crm", placement, &paper);

@@ -9,6 +9,7 @@ mod csv;
 mod deliver;
 mod file;
 mod letter;
+mod link;
 mod outage;
 mod pdf;
 mod render;
@@ -36,6 +37,7 @@ use crate::storage::{Export, ExportStore, StorageResult};
 use crate::telemetry::chain;
 pub use csv::Column;
 use deliver::Hold;
+pub use link::{LinkKey, link_hash};
 use outage::Outage;
 pub use pdf::Paper;
 
@@ -158,6 +160,8 @@ pub struct Settings {
     pub keep: Duration,
     /// What links begin with, without a slash at the end.
     pub public_url: String,
+    /// What links are derived from.
+    pub link_key: LinkKey,
     /// Who claims: an id made at the daemon's start.
     pub worker: Uuid,
     /// The sender of every mail.

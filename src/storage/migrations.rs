@@ -46,6 +46,11 @@ macro_rules! migrations {
                 "erasures",
                 include_str!(concat!("../../migrations/", $engine, "/0007_erasures.sql")),
             ),
+            (
+                9,
+                "links",
+                include_str!(concat!("../../migrations/", $engine, "/0009_links.sql")),
+            ),
         ]
     };
 }

@@ -30,8 +30,9 @@ pub use events::{
     Receipt, Recording, Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View,
 };
 pub use exports::{
-    ClaimedDelivery, DeliveryOutcome, DeliveryState, Export, ExportDelivery, ExportRequest,
-    ExportState, ExportStore, NewExport, OldFile, Rendered,
+    ClaimedDelivery, DeliveryOutcome, DeliveryState, Export, ExportAction, ExportDeed,
+    ExportDelivery, ExportLink, ExportRequest, ExportState, ExportStore, NewExport, NewMail,
+    OldFile, Rendered,
 };
 pub use ledger::{
     Claim, Counts, Fence, Finish, Glance, JobAction, JobLedger, LEASE, Pause, Renewed, Run,

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::alerts::{AlertMail, JobAlert};
 use super::erasure::{ErasedEvent, Erasure};
 use super::events::{Key, KnownKey, Receipt, Slice, Undelivered};
-use super::exports::{Export, ExportDelivery, ExportRequest, OldFile};
+use super::exports::{Export, ExportAction, ExportDelivery, ExportLink, ExportRequest, OldFile};
 use super::ledger::{Counts, Fence, JobAction, Pause, Renewed, Run, RunState, SKIPPED, Settled};
 use super::retention::{DeletionEntry, Hold};
 use super::{StorageError, StorageResult};
@@ -505,7 +505,11 @@ pub(super) fn export<R: Columns>(row: &R) -> StorageResult<Export> {
         sha256: row.maybe_text("sha256")?,
         file_name: row.maybe_text("file_name")?,
         error: row.maybe_text("error")?,
+        downloads: row.count("downloads")?,
+        last_download_at: row.maybe_time("last_download_at")?,
         deliveries: Vec::new(),
+        links: Vec::new(),
+        actions: Vec::new(),
     })
 }
 
@@ -544,8 +548,60 @@ pub(super) fn delivery<R: Columns>(row: &R) -> StorageResult<(ExportId, ExportDe
 pub(super) fn attach(exports: &mut [Export], deliveries: Vec<(ExportId, ExportDelivery)>) {
     for (id, delivery) in deliveries {
         if let Some(export) = exports.iter_mut().find(|export| export.id == id) {
-            export.request.to.push(delivery.to.clone());
+            // One who got it again is named once.
+            if !export.request.to.contains(&delivery.to) {
+                export.request.to.push(delivery.to.clone());
+            }
             export.deliveries.push(delivery);
+        }
+    }
+}
+
+/// Reads a link, with the export that it leads to.
+pub(super) fn export_link<R: Columns>(row: &R) -> StorageResult<(ExportId, ExportLink)> {
+    let row = Reader {
+        row,
+        table: "export_links",
+    };
+    let link = ExportLink {
+        message_id: row.text("message_id")?,
+        created_at: row.time("created_at")?,
+        expires_at: row.time("expires_at")?,
+        revoked_at: row.maybe_time("revoked_at")?,
+        downloads: row.count("downloads")?,
+        last_download_at: row.maybe_time("last_download_at")?,
+    };
+    Ok((row.id("export_id", ExportId::new)?, link))
+}
+
+/// Puts links to their exports.
+pub(super) fn attach_links(exports: &mut [Export], links: Vec<(ExportId, ExportLink)>) {
+    for (id, link) in links {
+        if let Some(export) = exports.iter_mut().find(|export| export.id == id) {
+            export.links.push(link);
+        }
+    }
+}
+
+/// Reads what was done to an export, with the export.
+pub(super) fn export_action<R: Columns>(row: &R) -> StorageResult<(ExportId, ExportAction)> {
+    let row = Reader {
+        row,
+        table: "export_actions",
+    };
+    let action = ExportAction {
+        at: row.time("at")?,
+        action: row.parsed("action")?,
+        by: row.parsed("actor")?,
+    };
+    Ok((row.id("export_id", ExportId::new)?, action))
+}
+
+/// Puts what was done to exports to them.
+pub(super) fn attach_actions(exports: &mut [Export], actions: Vec<(ExportId, ExportAction)>) {
+    for (id, action) in actions {
+        if let Some(export) = exports.iter_mut().find(|export| export.id == id) {
+            export.actions.push(action);
         }
     }
 }

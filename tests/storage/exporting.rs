@@ -689,4 +689,92 @@ on_both_engines! {
         }
         assert_eq!(found, everyone);
     }
+
+    async fn a_cancelled_export_ends_with_its_mails_file_and_links_and_says_who_did_it(db) {
+        let export = rendered(db, &[A, B]).await;
+        let first = claim_mail(db, t0()).await.unwrap();
+        db.exports.add_link(&first, "aa", t0()).await.unwrap();
+        db.exports.add_link(&first, "aa", t0() + minutes(1)).await.unwrap();
+        assert_eq!(db.exports.linked("aa", t0()).await.unwrap().unwrap().id, export.id);
+        let cancel = async || db.exports.cancel(&acme(), export.id, &subject("ana"), t0()).await.unwrap();
+        assert!(cancel().await);
+        assert!(!cancel().await, "it has ended");
+        let now = find(db, export.id).await;
+        assert_eq!((now.state, now.finished_at), (ExportState::Cancelled, Some(t0())));
+        let states: Vec<_> = now.deliveries.iter().map(|mail| mail.state).collect();
+        assert_eq!(states, [DeliveryState::Sending, DeliveryState::Dead]);
+        assert_eq!(now.links.len(), 1);
+        assert_eq!((now.links[0].created_at, now.links[0].revoked_at), (t0(), Some(t0())));
+        assert!(db.exports.linked("aa", t0()).await.unwrap().is_none());
+        let by: Vec<_> = now.actions.iter().map(|done| (done.action, done.by.as_str(), done.at)).collect();
+        assert_eq!(by, [(timelined::storage::ExportDeed::Cancelled, "ana", t0())]);
+        // What was under way when it was cancelled ends as it does, and changes nothing.
+        end(db, &first, DeliveryOutcome::Sent { at: t0() }, t0()).await;
+        assert_eq!(find(db, export.id).await.state, ExportState::Cancelled);
+        let old = db.exports.old_files(t0(), 10).await.unwrap();
+        assert_eq!(old.len(), 1, "the file is to go now");
+        db.exports.expire(&old).await.unwrap();
+        let now = find(db, export.id).await;
+        assert_eq!((now.state, now.file_name), (ExportState::Cancelled, None));
+        assert!(!db.exports.discard(&globex(), export.id, &subject("ana"), t0()).await.unwrap());
+    }
+
+    async fn a_cancelled_export_is_not_rendered_and_its_worker_loses_it(db) {
+        let waiting = create(db, request(&[A])).await;
+        assert!(db.exports.cancel(&acme(), waiting.id, &subject("ana"), t0()).await.unwrap());
+        let running = create(db, request(&[])).await;
+        let claimed = db.exports.claim_render(worker(1), t0(), t0() + minutes(1)).await.unwrap().unwrap();
+        assert_eq!(claimed.id, running.id, "the cancelled one is passed over");
+        assert!(!db.exports.discard(&acme(), running.id, &subject("ana"), t0()).await.unwrap());
+        assert!(db.exports.cancel(&acme(), running.id, &subject("ana"), t0()).await.unwrap());
+        assert!(!db.exports.progress(&claimed, worker(1), 1, 2, t0() + minutes(2)).await.unwrap());
+        assert!(!db.exports.rendered(&claimed, worker(1), &file(t0())).await.unwrap());
+    }
+
+    async fn a_link_ends_with_its_file_is_counted_and_goes_with_the_export(db) {
+        let export = rendered(db, &[A]).await;
+        let mail = claim_mail(db, t0()).await.unwrap();
+        db.exports.add_link(&mail, "aa", t0()).await.unwrap();
+        let leads = async |now| db.exports.linked("aa", now).await.unwrap().is_some();
+        assert!(leads(t0() + days(7) - MICRO).await);
+        assert!(!leads(t0() + days(7)).await);
+        assert!(db.exports.linked("ab", t0()).await.unwrap().is_none());
+        db.exports.downloaded(&acme(), export.id, Some("aa"), t0()).await.unwrap();
+        db.exports.downloaded(&acme(), export.id, None, t0() + minutes(1)).await.unwrap();
+        let now = find(db, export.id).await;
+        assert_eq!((now.downloads, now.last_download_at), (2, Some(t0() + minutes(1))));
+        assert_eq!((now.links[0].downloads, now.links[0].last_download_at), (1, Some(t0())));
+        end(db, &mail, DeliveryOutcome::Sent { at: t0() }, t0()).await;
+        assert!(db.exports.discard(&acme(), export.id, &subject("ana"), t0() + minutes(2)).await.unwrap());
+        assert!(!leads(t0()).await, "revoked");
+        // A mail that was still under way when the file was taken away gets none.
+        db.exports.add_link(&mail, "ab", t0() + minutes(2)).await.unwrap();
+        assert!(db.exports.linked("ab", t0()).await.unwrap().is_none());
+    }
+
+    async fn mails_that_go_anew_stand_behind_the_others_and_bring_a_failed_export_back(db) {
+        let export = rendered(db, &[A]).await;
+        let mail = |to: &str, id: &str| timelined::storage::NewMail { to: to.to_owned(), message_id: id.to_owned() };
+        let again = [mail(A, "again.1"), mail(B, "again.2")];
+        let resend = async |now| db.exports.resend(&acme(), export.id, &again, &subject("ana"), now).await.unwrap();
+        assert!(!resend(t0()).await, "its first mail is still to go");
+        let first = claim_mail(db, t0()).await.unwrap();
+        end(db, &first, dead(), t0()).await;
+        assert_eq!(find(db, export.id).await.state, ExportState::Failed);
+        assert!(!resend(t0() + days(7)).await, "the file has expired");
+        assert!(resend(t0()).await);
+        let now = find(db, export.id).await;
+        assert_eq!((now.state, now.finished_at, now.error), (ExportState::Running, None, None));
+        assert_eq!(now.request.to, [A, B]);
+        let ids: Vec<_> = now.deliveries.iter().map(|mail| mail.message_id.clone()).collect();
+        assert_eq!(ids, [first.delivery.message_id.as_str(), "again.1", "again.2"]);
+        for _ in 0..2 {
+            let claimed = claim_mail(db, t0()).await.unwrap();
+            end(db, &claimed, DeliveryOutcome::Sent { at: t0() }, t0()).await;
+        }
+        let now = find(db, export.id).await;
+        assert_eq!(now.state, ExportState::Done);
+        let states: Vec<_> = now.deliveries.iter().map(|mail| mail.state).collect();
+        assert_eq!(states, [DeliveryState::Dead, DeliveryState::Sent, DeliveryState::Sent]);
+    }
 }

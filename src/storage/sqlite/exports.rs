@@ -10,11 +10,11 @@ use uuid::Uuid;
 
 use super::events::{check_fence, event_columns};
 use super::{SqliteStorage, at, changed, set, text};
-use crate::domain::{Audience, Category, ContactId, ExportId, TenantId};
+use crate::domain::{Audience, Category, ContactId, ExportId, Subject, TenantId};
 use crate::storage::events::{Filter, Key, Slice, View, bounds, last_key};
 use crate::storage::exports::{
-    ClaimedDelivery, DeliveryOutcome, Export, ExportDelivery, ExportStore, NewExport, OldFile,
-    Rendered, ids_there_are, unreadable,
+    ClaimedDelivery, DeliveryOutcome, Export, ExportDeed, ExportDelivery, ExportStore, NewExport,
+    NewMail, OldFile, Rendered, ids_there_are, unreadable,
 };
 use crate::storage::rows::{self, Columns};
 use crate::storage::{Fence, Page, StorageResult};
@@ -23,7 +23,8 @@ macro_rules! export_columns {
     () => {
         "id, tenant_id, contact_id, format, audience, since, until, categories, timezone, redact, attach, \
          requested_by, created_at, through_seq, state, attempt, started_at, rendered_at, finished_at, \
-         expires_at, total_rows, rows, bytes, sha256, file_name, error"
+         expires_at, total_rows, rows, bytes, sha256, file_name, error, \
+         downloads, last_download_at"
     };
 }
 
@@ -66,6 +67,41 @@ impl SqliteStorage {
         Ok(exports)
     }
 
+    /// The whole record of exports: their deliveries, links, and what was done to them.
+    async fn with_record(
+        db: &mut SqliteConnection,
+        tenant: &str,
+        rows: &[SqliteRow],
+    ) -> StorageResult<Vec<Export>> {
+        let mut exports = Self::with_deliveries(&mut *db, tenant, rows).await?;
+        let ids: Vec<ExportId> = exports.iter().map(|export| export.id).collect();
+        let links = sqlx::query(
+            "select export_id, message_id, created_at, expires_at, revoked_at, downloads, last_download_at
+             from export_links
+             where tenant_id = $1 and export_id in (select value from json_each($2))
+             order by created_at, message_id",
+        )
+        .bind(tenant)
+        .bind(set(&ids))
+        .fetch_all(&mut *db)
+        .await?;
+        let links: StorageResult<_> = links.iter().map(rows::export_link).collect();
+        rows::attach_links(&mut exports, links?);
+        let actions = sqlx::query(
+            "select export_id, at, action, actor
+             from export_actions
+             where tenant_id = $1 and export_id in (select value from json_each($2))
+             order by seq",
+        )
+        .bind(tenant)
+        .bind(set(&ids))
+        .fetch_all(&mut *db)
+        .await?;
+        let actions: StorageResult<_> = actions.iter().map(rows::export_action).collect();
+        rows::attach_actions(&mut exports, actions?);
+        Ok(exports)
+    }
+
     /// Whether anything is due: asked of a reader, so that an idle queue costs no write.
     async fn is_due(&self, question: &'static str, now: DateTime<Utc>) -> StorageResult<bool> {
         let due: Option<i64> = sqlx::query_scalar(question)
@@ -105,11 +141,9 @@ impl ExportStore for SqliteStorage {
         .bind(text(id.uuid()))
         .fetch_all(&mut *snapshot)
         .await?;
-        Ok(
-            Self::with_deliveries(&mut snapshot, tenant.as_str(), &found)
-                .await?
-                .pop(),
-        )
+        Ok(Self::with_record(&mut snapshot, tenant.as_str(), &found)
+            .await?
+            .pop())
     }
 
     async fn list(
@@ -135,7 +169,7 @@ impl ExportStore for SqliteStorage {
         .bind(set(audiences))
         .fetch_all(&mut *snapshot)
         .await?;
-        Self::with_deliveries(&mut snapshot, tenant.as_str(), &found).await
+        Self::with_record(&mut snapshot, tenant.as_str(), &found).await
     }
 
     async fn claim_render(
@@ -293,7 +327,7 @@ impl ExportStore for SqliteStorage {
         now: DateTime<Utc>,
     ) -> StorageResult<()> {
         let (tenant, id) = (claimed.export.tenant_id.clone(), claimed.export.id);
-        let (recipient, outcome) = (claimed.delivery.to.clone(), outcome.clone());
+        let (message_id, outcome) = (claimed.delivery.message_id.clone(), outcome.clone());
         self.writer
             .write(move |db| {
                 Box::pin(async move {
@@ -302,11 +336,11 @@ impl ExportStore for SqliteStorage {
                         "update export_deliveries
                          set state = $5, next_attempt_at = $6, sent_at = $7, error = $8,
                              claimed_by = null, claimed_until = null
-                         where tenant_id = $1 and export_id = $2 and recipient = $3 and claimed_by = $4",
+                         where tenant_id = $1 and export_id = $2 and message_id = $3 and claimed_by = $4",
                     )
                     .bind(tenant.as_str())
                     .bind(text(id.uuid()))
-                    .bind(recipient)
+                    .bind(message_id)
                     .bind(text(worker))
                     .bind(state.as_str())
                     .bind(next.map(at))
@@ -315,6 +349,211 @@ impl ExportStore for SqliteStorage {
                     .execute(&mut *db)
                     .await?;
                     conclude(db, tenant.as_str(), id.uuid(), now).await
+                })
+            })
+            .await
+    }
+
+    async fn add_link(
+        &self,
+        claimed: &ClaimedDelivery,
+        hash: &str,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        let (tenant, id) = (claimed.export.tenant_id.clone(), claimed.export.id);
+        let (message_id, hash) = (claimed.delivery.message_id.clone(), hash.to_owned());
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    sqlx::query(
+                        "insert into export_links (hash, tenant_id, export_id, message_id, created_at, expires_at)
+                         select $1, tenant_id, id, $4, $5, expires_at
+                         from exports
+                         where tenant_id = $2 and id = $3 and file_name is not null and expires_at > $5
+                         on conflict (hash) do nothing",
+                    )
+                    .bind(hash)
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(message_id)
+                    .bind(at(now))
+                    .execute(db)
+                    .await?;
+                    Ok(())
+                })
+            })
+            .await
+    }
+
+    async fn linked(&self, hash: &str, now: DateTime<Utc>) -> StorageResult<Option<Export>> {
+        let mut snapshot = self.readers.begin().await?;
+        let found = sqlx::query(concat!(
+            "select ",
+            export_columns!(),
+            " from exports
+             where (tenant_id, id) = (select l.tenant_id, l.export_id from export_links l
+                                      where l.hash = $1 and l.revoked_at is null and l.expires_at > $2)
+               and file_name is not null and expires_at > $2"
+        ))
+        .bind(hash)
+        .bind(at(now))
+        .fetch_all(&mut *snapshot)
+        .await?;
+        let Some(row) = found.first() else {
+            return Ok(None);
+        };
+        let tenant: String = row.try_get("tenant_id")?;
+        Ok(Self::with_deliveries(&mut snapshot, &tenant, &found)
+            .await?
+            .pop())
+    }
+
+    async fn downloaded(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        link: Option<&str>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        let (tenant, link) = (tenant.clone(), link.map(str::to_owned));
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    sqlx::query(
+                        "update exports set downloads = downloads + 1, last_download_at = $3
+                         where tenant_id = $1 and id = $2",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(at(now))
+                    .execute(&mut *db)
+                    .await?;
+                    sqlx::query(
+                        "update export_links set downloads = downloads + 1, last_download_at = $2
+                         where hash = $1",
+                    )
+                    .bind(link)
+                    .bind(at(now))
+                    .execute(db)
+                    .await?;
+                    Ok(())
+                })
+            })
+            .await
+    }
+
+    async fn cancel(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        let (tenant, by) = (tenant.clone(), by.clone());
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    let cancelled = sqlx::query(
+                        "update exports
+                         set state = 'cancelled', finished_at = $3, error = null, claimed_by = null,
+                             claimed_until = null, expires_at = case when file_name is not null then $3 end
+                         where tenant_id = $1 and id = $2 and state in ('queued', 'running')",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(at(now));
+                    if changed(&mut *db, cancelled).await? == 0 {
+                        return Ok(false);
+                    }
+                    let error = "the export was cancelled";
+                    end_mails(&mut *db, &tenant, id, error, now).await?;
+                    note(db, &tenant, id, ExportDeed::Cancelled, &by, now).await?;
+                    Ok(true)
+                })
+            })
+            .await
+    }
+
+    async fn resend(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        mails: &[NewMail],
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        let (tenant, by) = (tenant.clone(), by.clone());
+        let mails: Vec<_> = mails
+            .iter()
+            .map(|mail| serde_json::json!([mail.to, mail.message_id]))
+            .collect();
+        let mails = set(&mails);
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    let taken = sqlx::query(
+                        "update exports
+                         set state = case when state = 'failed' then 'running' else state end,
+                             finished_at = case when state = 'failed' then null else finished_at end,
+                             error = null
+                         where tenant_id = $1 and id = $2 and state in ('done', 'failed')
+                           and file_name is not null and expires_at > $3",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(at(now));
+                    if changed(&mut *db, taken).await? == 0 {
+                        return Ok(false);
+                    }
+                    sqlx::query(
+                        "insert into export_deliveries (tenant_id, export_id, recipient, position, message_id,
+                                                        state, next_attempt_at)
+                         select $1, $2, value ->> 0,
+                                key + (select coalesce(max(d.position) + 1, 0) from export_deliveries d
+                                       where d.tenant_id = $1 and d.export_id = $2),
+                                value ->> 1, 'pending', $4
+                         from json_each($3)",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(mails)
+                    .bind(at(now))
+                    .execute(&mut *db)
+                    .await?;
+                    note(db, &tenant, id, ExportDeed::Resent, &by, now).await?;
+                    Ok(true)
+                })
+            })
+            .await
+    }
+
+    async fn discard(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        let (tenant, by) = (tenant.clone(), by.clone());
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    // A cancelled one stays so; of one without a file nothing is left to expire.
+                    let discarded = sqlx::query(
+                        "update exports
+                         set state = case when file_name is null or state = 'cancelled' then state else 'expired' end,
+                             expires_at = min(expires_at, $3)
+                         where tenant_id = $1 and id = $2 and state not in ('queued', 'running')",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(at(now));
+                    if changed(&mut *db, discarded).await? == 0 {
+                        return Ok(false);
+                    }
+                    end_mails(&mut *db, &tenant, id, "the export was deleted", now).await?;
+                    note(db, &tenant, id, ExportDeed::Deleted, &by, now).await?;
+                    Ok(true)
                 })
             })
             .await
@@ -370,7 +609,8 @@ impl ExportStore for SqliteStorage {
             .write(move |db| {
                 Box::pin(async move {
                     sqlx::query(
-                        "update exports set state = 'expired', file_name = null
+                        "update exports
+                         set state = case when state = 'cancelled' then state else 'expired' end, file_name = null
                          where (tenant_id, id) in (select value ->> 0, value ->> 1 from json_each($1))",
                     )
                     .bind(&gone)
@@ -611,6 +851,57 @@ async fn claim_delivery(
             conclude(&mut *db, &tenant, export, now).await?;
         }
     }
+}
+
+/// Ends what is still to be sent of an export, and the links that were.
+async fn end_mails(
+    db: &mut SqliteConnection,
+    tenant: &TenantId,
+    export: ExportId,
+    error: &'static str,
+    now: DateTime<Utc>,
+) -> StorageResult<()> {
+    sqlx::query(
+        "update export_deliveries set state = 'dead', error = $3
+         where tenant_id = $1 and export_id = $2 and state in ('pending', 'deferred', 'uncertain')",
+    )
+    .bind(tenant.as_str())
+    .bind(text(export.uuid()))
+    .bind(error)
+    .execute(&mut *db)
+    .await?;
+    sqlx::query(
+        "update export_links set revoked_at = $3
+         where tenant_id = $1 and export_id = $2 and revoked_at is null",
+    )
+    .bind(tenant.as_str())
+    .bind(text(export.uuid()))
+    .bind(at(now))
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// Writes down who did what to an export.
+async fn note(
+    db: &mut SqliteConnection,
+    tenant: &TenantId,
+    export: ExportId,
+    deed: ExportDeed,
+    by: &Subject,
+    now: DateTime<Utc>,
+) -> StorageResult<()> {
+    sqlx::query(
+        "insert into export_actions (tenant_id, export_id, at, action, actor) values ($1, $2, $3, $4, $5)",
+    )
+    .bind(tenant.as_str())
+    .bind(text(export.uuid()))
+    .bind(at(now))
+    .bind(deed.as_str())
+    .bind(by.as_str())
+    .execute(db)
+    .await?;
+    Ok(())
 }
 
 /// What the ends of its mails make of an export: done with the first that went out, failed when all
