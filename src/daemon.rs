@@ -260,6 +260,7 @@ impl Daemon {
             exports: ExportsApi {
                 exports: storage.exports.clone(),
                 directory: config.export.directory.clone(),
+                allowed_domains: Arc::new(config.mail.allowed_domains.clone()),
                 clock: clock.clone(),
                 wake: export_wake,
             },
@@ -648,6 +649,8 @@ pub fn export_settings(
     bound: SocketAddr,
     worker: Uuid,
 ) -> anyhow::Result<export::Settings> {
+    // A command on PostgreSQL may be the first to write there.
+    make_private_directory(&config.state_directory)?;
     let key = own_key(&config.state_directory, &LINK_KEY)?;
     let key = <[u8; 32]>::try_from(key.as_slice()).with_context(|| {
         format!(

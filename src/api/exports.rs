@@ -19,8 +19,9 @@ use tokio::sync::Notify;
 use super::extract::{Id, Json, OptionalJson, Params, STAFF, reader};
 use super::problem::Problem;
 use crate::access::{Identity, Reader, Role};
+use crate::config::AllowedDomains;
 use crate::domain::{
-    Audience, Category, Clock, ContactId, ExportId, Fault, format_time, parse_time,
+    Audience, Category, Clock, ContactId, ExportId, Fault, TenantId, format_time, parse_time,
 };
 use crate::export::{FileKind, Format, REDACTABLE, file_path, message_ids};
 use crate::storage::{
@@ -39,6 +40,8 @@ pub struct ExportsApi {
     pub exports: Arc<dyn ExportStore>,
     /// Where the files lie.
     pub directory: PathBuf,
+    /// To whom they may be mailed.
+    pub allowed_domains: Arc<AllowedDomains>,
     /// This machine's clock.
     pub clock: Arc<dyn Clock>,
     /// Wakes the worker.
@@ -66,7 +69,7 @@ async fn create(
     let role = identity.role();
     let reader = reader(identity, STAFF)?;
     params.finish()?;
-    let request = parse(&body, contact_id, role).map_err(Problem::invalid)?;
+    let request = parse(&api, &body, contact_id, role, &reader.tenant).map_err(Problem::invalid)?;
     let now = api.clock.now();
     let id = ExportId::generate(now);
     let export = NewExport {
@@ -89,7 +92,13 @@ fn href(id: ExportId) -> String {
 }
 
 /// Reads the body of an export; every fault at once.
-fn parse(body: &Value, contact_id: ContactId, role: Role) -> Result<ExportRequest, Vec<Fault>> {
+fn parse(
+    api: &ExportsApi,
+    body: &Value,
+    contact_id: ContactId,
+    role: Role,
+    tenant: &TenantId,
+) -> Result<ExportRequest, Vec<Fault>> {
     let Value::Object(body) = body else {
         return Err(vec![fault("", "must be a JSON object")]);
     };
@@ -129,7 +138,7 @@ fn parse(body: &Value, contact_id: ContactId, role: Role) -> Result<ExportReques
                 .push(fault(&format!("/redact/{index}"), &detail));
         }
     }
-    let to = fields.recipients();
+    let to = fields.recipients(&api.allowed_domains, tenant);
     let attach = fields.flag("attach").unwrap_or(true);
     fields.refuse_unknown();
     match format {
@@ -200,9 +209,13 @@ impl Fields<'_> {
         parsed
     }
 
-    fn recipients(&mut self) -> Vec<String> {
+    fn recipients(&mut self, domains: &AllowedDomains, tenant: &TenantId) -> Vec<String> {
         let mut to: Vec<String> = Vec::new();
-        for address in self.all_parsed::<lettre::Address>("to") {
+        for (index, address) in self.all_parsed::<lettre::Address>("to").iter().enumerate() {
+            if !domains.allow(tenant, address) {
+                let detail = "is at a domain that mail may not be sent to (mail.allowed_domains)";
+                self.wrong(&format!("to/{index}"), detail);
+            }
             let address = address.to_string();
             // One message per recipient, however often it is named.
             if !to.iter().any(|known| known.eq_ignore_ascii_case(&address)) {
@@ -482,7 +495,7 @@ async fn resend(
     params.finish()?;
     let to = match body {
         None => Vec::new(),
-        Some(body) => parse_recipients(&body).map_err(Problem::invalid)?,
+        Some(body) => parse_recipients(&api, &body, &by.tenant).map_err(Problem::invalid)?,
     };
     let to = if to.is_empty() { export.request.to } else { to };
     if to.is_empty() {
@@ -578,7 +591,11 @@ async fn remove_file(api: &ExportsApi, export: &Export) -> Result<(), Problem> {
 }
 
 /// Reads the body of a resend: `{"to":[…]}`.
-fn parse_recipients(body: &Value) -> Result<Vec<String>, Vec<Fault>> {
+fn parse_recipients(
+    api: &ExportsApi,
+    body: &Value,
+    tenant: &TenantId,
+) -> Result<Vec<String>, Vec<Fault>> {
     let Value::Object(body) = body else {
         return Err(vec![fault("", "must be a JSON object")]);
     };
@@ -587,7 +604,7 @@ fn parse_recipients(body: &Value) -> Result<Vec<String>, Vec<Fault>> {
         known: Vec::new(),
         faults: Vec::new(),
     };
-    let to = fields.recipients();
+    let to = fields.recipients(&api.allowed_domains, tenant);
     fields.refuse_unknown();
     if fields.faults.is_empty() {
         Ok(to)

@@ -9,6 +9,7 @@ use chrono_tz::Tz;
 use lettre::Address;
 
 use super::error::{Problem, nearest};
+use super::mail::AllowedDomains;
 use super::reader::Section;
 use super::rules::{Rule, choice, duration, flag, list, named, number, parsed, short, text};
 use crate::domain::{Audience, Category, ContactId, TenantId};
@@ -192,7 +193,7 @@ pub(super) struct Jobs {
 }
 
 /// Reads all jobs; those with errors, which have been noted, are left out.
-pub(super) fn read(root: &mut Section<'_>) -> Jobs {
+pub(super) fn read(root: &mut Section<'_>, domains: &AllowedDomains) -> Jobs {
     let mut names: Vec<String> = Vec::new();
     let mut delivery: Option<String> = None;
     let mut expect_within = BTreeMap::new();
@@ -208,7 +209,7 @@ pub(super) fn read(root: &mut Section<'_>) -> Jobs {
             names.push(name.clone());
         }
         let expected = ExpectWithin::read(section);
-        let job = JobDefinition::read(section, name);
+        let job = JobDefinition::read(section, name, domains);
         if let (Some(job), Some(expected)) = (&job, expected) {
             expected.check(section, &job.schedule);
             expect_within.insert(job.name.clone(), expected.0);
@@ -254,7 +255,11 @@ fn job_name() -> Rule<String> {
 }
 
 impl JobDefinition {
-    fn read(section: &mut Section<'_>, name: Option<String>) -> Option<Self> {
+    fn read(
+        section: &mut Section<'_>,
+        name: Option<String>,
+        domains: &AllowedDomains,
+    ) -> Option<Self> {
         let kind = section.take_required("kind", &choice(&KINDS));
         let schedule = read_schedule(section);
         let enabled = section.take("enabled", true, &flag());
@@ -298,7 +303,7 @@ impl JobDefinition {
                 dry_run: section.take("dry_run", false, &flag()),
             }),
             Kind::TimelineExport => {
-                ExportJob::read(section).map(|job| JobKind::TimelineExport(Box::new(job)))
+                ExportJob::read(section, domains).map(|job| JobKind::TimelineExport(Box::new(job)))
             }
         };
         Some(Self {
@@ -482,7 +487,7 @@ fn read_retry(section: &mut Section<'_>) -> RetryPolicy {
 
 impl ExportJob {
     /// `None` is an error that has been noted.
-    fn read(section: &mut Section<'_>) -> Option<Self> {
+    fn read(section: &mut Section<'_>, domains: &AllowedDomains) -> Option<Self> {
         let tenant =
             section.take_required("tenant", &parsed("the id of a tenant, 1 to 255 characters"));
         let selection = Selection::read(section);
@@ -496,6 +501,15 @@ impl ExportJob {
             "to",
             &some(list(parsed("an address such as \"ops@example.com\""))),
         );
+        if let (Some(tenant), Some(to)) = (&tenant, &to) {
+            for address in to.iter().filter(|to| !domains.allow(tenant, to)) {
+                let problem = Problem::new(format!(
+                    "{:?} is not at a domain that {tenant} may have mail sent to",
+                    address.to_string()
+                ));
+                section.fail("to", problem.allowed("those of mail.allowed_domains"));
+            }
+        }
         let period = section.take(
             "period",
             "7d",

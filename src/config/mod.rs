@@ -36,7 +36,7 @@ pub use error::{ConfigError, ConfigErrors};
 pub use http::Http;
 pub use jobs::{CatchUp, ExportFormat, ExportJob, JobDefinition, JobKind, Overlap, Selection};
 pub use layers::Source;
-pub use mail::{Mail, Smtp, SmtpLogin, SmtpTls, Transport, Uncertain};
+pub use mail::{AllowedDomains, Mail, Smtp, SmtpLogin, SmtpTls, Transport, Uncertain};
 pub use notes::{Entry, Origin};
 pub use secret::Secret;
 pub use sections::{Branding, Export, History, Log, LogFormat, Realtime};
@@ -150,11 +150,12 @@ impl Config {
             on_postgres: database.url.is_postgres(),
             listen: http.listen,
         };
-        let jobs = jobs::read(root);
+        let mail = root.section("mail", Mail::read);
+        let jobs = jobs::read(root, &mail.allowed_domains);
         Self {
             state_directory,
             auth: root.section("auth", |section| Auth::read(section, &surroundings)),
-            mail: root.section("mail", Mail::read),
+            mail,
             realtime: root.section("realtime", Realtime::read),
             export: root.section("export", Export::read),
             history: root.section("history", History::read),

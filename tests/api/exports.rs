@@ -7,7 +7,7 @@ use super::ask::{
     PATIENCE, assert_calm, daemon, delete, get, id_of, post, post_json, record, send,
 };
 use crate::support::builders::{contact, id};
-use crate::support::daemon::{TestDaemon, agent, client, eventually, service};
+use crate::support::daemon::{Settings, TestDaemon, agent, client, eventually, service};
 
 fn path() -> String {
     format!("/api/v1/contacts/{}/exports", contact(1))
@@ -323,6 +323,35 @@ on_both_engines! {
         let resend = format!("{}/resend", nobody["href"].as_str().unwrap());
         let problem = post(&daemon, &resend, &token).await.problem(422, "to nobody");
         assert_eq!(problem["errors"][0]["pointer"], "/to");
+        assert_calm(&daemon);
+    }
+
+    async fn an_export_is_mailed_only_to_the_domains_of_its_tenant(db) {
+        let allowed = "example.com,acme:acme.example";
+        let daemon = Settings::new()
+            .env("TIMELINED__DATABASE__URL", &db.url().await)
+            .env("TIMELINED__MAIL__ALLOWED_DOMAINS", allowed)
+            .start();
+        let asked = |to: &[&str]| json!({ "format": "csv", "to": to });
+        for (tenant, to, pointer) in [
+            ("acme", vec!["ana@example.com", "eve@evil.example"], Some("/to/1")),
+            ("globex", vec!["ana@acme.example"], Some("/to/0")),
+            ("globex", vec!["ana@EXAMPLE.com"], None),
+            ("acme", vec!["ana@acme.example"], None),
+        ] {
+            let answer = post_json(&daemon, &path(), &agent(tenant), &asked(&to)).await;
+            let Some(pointer) = pointer else {
+                assert_eq!(answer.status, 202, "{tenant} {to:?}: {}", answer.text);
+                continue;
+            };
+            let problem = answer.problem(422, tenant);
+            assert_eq!(problem["errors"][0]["pointer"], pointer, "{problem}");
+        }
+        let done = export(&daemon, &agent("acme"), &asked(&[])).await;
+        let resend = format!("{}/resend", done["href"].as_str().unwrap());
+        let to = json!({ "to": ["eve@evil.example"] });
+        let problem = post_json(&daemon, &resend, &agent("acme"), &to).await.problem(422, "resend");
+        assert_eq!(problem["errors"][0]["pointer"], "/to/0", "{problem}");
         assert_calm(&daemon);
     }
 

@@ -409,6 +409,13 @@ fn wrong_exports_are_told_by_their_names() {
             "8:10: jobs.x.format: \"doc\" is unknown; \"csv\" or \"pdf\"",
         ),
         (
+            format!(
+                "{}[mail]\nallowed_domains = [\"b.test\", \"u:b.example\"]",
+                export(all)
+            ),
+            "7:6: jobs.x.to: \"a@b.example\" is not at a domain that t may have mail sent to; those of mail.allowed_domains",
+        ),
+        (
             export(&format!("{all}period = \"0s\"")),
             "8:10: jobs.x.period: \"0s\" is too short; a duration from 1s to 36500d, such as \"90s\" or \"1h 30m\"",
         ),
@@ -458,7 +465,7 @@ fn keys_that_are_unknown_doubled_or_broken_are_told_with_their_place() {
         ),
         (
             "[mail.smpt]\nhost = \"h\"",
-            "1:7: mail.smpt: unknown key; mail takes directory, from, max_attachment, smtp, uncertain; did you mean \"smtp\"?",
+            "1:7: mail.smpt: unknown key; mail takes allowed_domains, directory, from, max_attachment, smtp, uncertain; did you mean \"smtp\"?",
         ),
         (
             "[mail.smtp]\nhost = \"h\"\nhots = \"h\"",

@@ -120,6 +120,7 @@ fn without_a_file_the_defaults_stand() {
                 from: "timelined <timelined@localhost>".parse().unwrap(),
                 max_attachment: 7 * 1024 * 1024,
                 uncertain: Uncertain::Retry,
+                allowed_domains: AllowedDomains::default(),
             },
             realtime: Realtime {
                 window: 256,
