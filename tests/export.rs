@@ -11,6 +11,7 @@
     reason = "a test that panics fails, and its numbers are small"
 )]
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -21,16 +22,17 @@ use chrono::{DateTime, TimeDelta, Utc};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use serde_json::json;
-use timelined::config::{self, Config};
+use timelined::config::{self, Config, ExportFormat, ExportJob, Selection, WhenEmpty};
 use timelined::domain::{
-    Audience, Category, ContactEvent, ContactId, ExportId, ManualClock, NewContactEvent, Source,
-    Subject, TenantId, event_types,
+    Audience, Category, ContactEvent, ContactId, ExportId, ManualClock, NewContactEvent, RunId,
+    Source, Subject, TenantId, event_types,
 };
 use timelined::export::{Exporter, LinkKey, Settings, link_hash};
+use timelined::jobs::{Job as _, Report, RunContext, ScheduleExports};
 use timelined::mail::{Mailer, MailerError};
 use timelined::storage::sqlite::SqliteStorage;
 use timelined::storage::{
-    ClaimedDelivery, DeliveryOutcome, DeliveryState, Export, ExportRequest, ExportState,
+    ClaimedDelivery, Counts, DeliveryOutcome, DeliveryState, Export, ExportRequest, ExportState,
     ExportStore, Fence, Key, NewExport, NewMail, OldFile, Recording, Rendered, Slice, Storage,
     StorageError, StorageResult,
 };
@@ -445,6 +447,95 @@ async fn a_database_that_is_away_is_waited_for_without_spending_an_attempt() {
     let worker = home.start_on(store);
     let export = home.until(id, |e| e.state == ExportState::Done).await;
     assert_eq!((export.rows, export.attempt), (1500, 1));
+    worker.end().await;
+}
+
+// ---- on schedule ----
+
+#[tokio::test]
+async fn a_scheduled_export_follows_the_last_that_arrived_and_is_silent_where_nothing_happened() {
+    let home = Home::new("").await;
+    let quiet: ContactId = "0190b5f0-7c1e-7d3a-8f00-000000000002".parse().unwrap();
+    let hour = TimeDelta::hours(1);
+    let job = |when_empty| ScheduleExports {
+        name: "hourly".to_owned(),
+        settings: ExportJob {
+            tenant: tenant(),
+            selection: Selection::Contacts(vec![contact(), quiet]),
+            audience: Audience::Agent,
+            format: ExportFormat::Csv,
+            to: vec!["ana@example.com".parse().unwrap()],
+            period: Duration::from_hours(3),
+            when_empty,
+            attach: true,
+        },
+        exports: home.storage.exports.clone(),
+        clock: Arc::new(home.clock.clone()),
+        wake: home.wake.clone(),
+    };
+    let run = async |job: ScheduleExports| {
+        let context = RunContext {
+            run: RunId::generate(home.now()),
+            fence: None,
+            scheduled_at: home.now(),
+            stop: CancellationToken::new(),
+            report: Report::default(),
+        };
+        job.run(&context).await.unwrap();
+        context.report.take()
+    };
+    let newest = async || {
+        let seen = &[Audience::Agent];
+        let listed = home.storage.exports.list(&tenant(), seen, None, 1).await;
+        listed.unwrap().remove(0)
+    };
+    let counted = |counts: &Counts, name: &str| counts.get(name).copied().unwrap_or(0);
+
+    home.record(vec![note().occurred_at(home.now() - hour)])
+        .await;
+    let worker = home.start();
+    let counts = run(job(WhenEmpty::Skip)).await;
+    assert_eq!(
+        (counted(&counts, "exports"), counted(&counts, "empty")),
+        (1, 1)
+    );
+    let first = newest().await;
+    assert_eq!(first.request.since, Some(home.now() - hour * 3));
+    home.until(first.id, |e| e.state == ExportState::Done).await;
+    let counts = run(job(WhenEmpty::Skip)).await;
+    assert_eq!(
+        (counted(&counts, "exports"), counted(&counts, "repeated")),
+        (0, 1)
+    );
+
+    home.advance(hour * 5);
+    assert_eq!(counted(&run(job(WhenEmpty::Skip)).await, "empty"), 2);
+    assert_eq!(newest().await.id, first.id, "nothing new, nothing sent");
+    home.record(vec![note().occurred_at(home.now() - hour * 4)])
+        .await;
+    let counts = run(job(WhenEmpty::Note)).await;
+    assert_eq!(
+        (counted(&counts, "exports"), counted(&counts, "empty")),
+        (2, 0)
+    );
+    let listed = home
+        .storage
+        .exports
+        .list(&tenant(), &[Audience::Agent], None, 2)
+        .await;
+    for export in listed.unwrap() {
+        let (since, rows) = if export.request.contact_id == quiet {
+            (home.now() - hour * 3, 0)
+        } else {
+            // Farther back than the period, since none has arrived in between.
+            (first.request.until.unwrap(), 1)
+        };
+        assert_eq!(export.request.since, Some(since));
+        let done = home
+            .until(export.id, |e| e.state == ExportState::Done)
+            .await;
+        assert_eq!(done.rows, rows);
+    }
     worker.end().await;
 }
 
@@ -1372,6 +1463,28 @@ impl ExportStore for Hooked {
         self.inner.count_rows(export, now).await
     }
 
+    async fn last_ends(
+        &self,
+        tenant: &TenantId,
+        by: &Subject,
+        contacts: &[ContactId],
+    ) -> StorageResult<HashMap<ContactId, DateTime<Utc>>> {
+        self.inner.last_ends(tenant, by, contacts).await
+    }
+
+    async fn with_news(
+        &self,
+        tenant: &TenantId,
+        audience: Audience,
+        contacts: &[(ContactId, DateTime<Utc>)],
+        until: DateTime<Utc>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Vec<ContactId>> {
+        self.inner
+            .with_news(tenant, audience, contacts, until, now)
+            .await
+    }
+
     async fn active_contacts(
         &self,
         tenant: &TenantId,
@@ -1392,7 +1505,7 @@ fn link_in(mail: &str) -> String {
     rest.chars().take(22).collect()
 }
 
-fn parse(bytes: &[u8]) -> Vec<std::collections::HashMap<String, String>> {
+fn parse(bytes: &[u8]) -> Vec<HashMap<String, String>> {
     let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap();
     csv::Reader::from_reader(text)
         .deserialize()

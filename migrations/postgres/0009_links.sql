@@ -35,3 +35,7 @@ create table export_actions (
 );
 
 create index export_actions_of on export_actions (tenant_id, export_id);
+
+-- Where the next export of a job begins: at the end of the last one that arrived.
+create index exports_followed on exports (tenant_id, requested_by, contact_id, until)
+    where state in ('done', 'expired');

@@ -137,10 +137,22 @@ pub struct ExportJob {
     pub format: ExportFormat,
     /// Who gets it; never empty.
     pub to: Vec<Address>,
-    /// How far back it reaches from the scheduled time.
+    /// How far back it reaches from the scheduled time, where none before it has arrived; else it
+    /// begins where the last one ended.
     pub period: Duration,
+    /// What becomes of a contact to whom nothing happened.
+    pub when_empty: WhenEmpty,
     /// Whether the file is attached; else a link is sent.
     pub attach: bool,
+}
+
+/// What a scheduled export does about a contact to whom nothing happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhenEmpty {
+    /// Nothing is sent.
+    Skip,
+    /// A mail says that there were no events.
+    Note,
 }
 
 /// Which contacts a scheduled export takes.
@@ -515,6 +527,11 @@ impl ExportJob {
             "7d",
             &duration(Duration::from_secs(1)..=LONGEST_PERIOD),
         );
+        let when_empty = section.take(
+            "when_empty",
+            "skip",
+            &choice(&[("skip", WhenEmpty::Skip), ("note", WhenEmpty::Note)]),
+        );
         let attach = section.take("attach", true, &flag());
         Some(Self {
             tenant: tenant?,
@@ -523,6 +540,7 @@ impl ExportJob {
             format,
             to: to?,
             period,
+            when_empty,
             attach,
         })
     }

@@ -34,7 +34,9 @@ pub use auth::{Auth, PublicKeyAlgorithm, Verifier};
 pub use database::{Database, DatabaseUrl, Synchronous};
 pub use error::{ConfigError, ConfigErrors};
 pub use http::Http;
-pub use jobs::{CatchUp, ExportFormat, ExportJob, JobDefinition, JobKind, Overlap, Selection};
+pub use jobs::{
+    CatchUp, ExportFormat, ExportJob, JobDefinition, JobKind, Overlap, Selection, WhenEmpty,
+};
 pub use layers::Source;
 pub use mail::{AllowedDomains, Mail, Smtp, SmtpLogin, SmtpTls, Transport, Uncertain};
 pub use notes::{Entry, Origin};

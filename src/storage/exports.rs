@@ -490,6 +490,26 @@ pub trait ExportStore: Send + Sync + 'static {
     /// How many rows an export will have.
     async fn count_rows(&self, export: &Export, now: DateTime<Utc>) -> StorageResult<u64>;
 
+    /// Where the exports that `by` asked for ended, for each of `contacts` of whom one has arrived:
+    /// rendered, and mailed to at least one.
+    async fn last_ends(
+        &self,
+        tenant: &TenantId,
+        by: &Subject,
+        contacts: &[ContactId],
+    ) -> StorageResult<HashMap<ContactId, DateTime<Utc>>>;
+
+    /// Those contacts, each with an instant of its own, to whom something happened since and before
+    /// `until` that the audience sees.
+    async fn with_news(
+        &self,
+        tenant: &TenantId,
+        audience: Audience,
+        contacts: &[(ContactId, DateTime<Utc>)],
+        until: DateTime<Utc>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Vec<ContactId>>;
+
     /// The contacts of a tenant with an event since, optionally of one category, in order; behind
     /// `after`.
     async fn active_contacts(

@@ -648,6 +648,20 @@ pub(super) fn contact<R: Columns>(row: &R) -> StorageResult<ContactId> {
     .id("contact_id", ContactId::new)
 }
 
+/// Reads until when exports of contacts reach, by contact.
+pub(super) fn ends_by_contact<R: Columns>(
+    rows: &[R],
+) -> StorageResult<HashMap<ContactId, DateTime<Utc>>> {
+    let read = |row| {
+        let row = Reader {
+            row,
+            table: "exports",
+        };
+        Ok((row.id("contact_id", ContactId::new)?, row.time("until")?))
+    };
+    rows.iter().map(read).collect()
+}
+
 /// Reads exports' ids by their tenant and request key.
 pub(super) fn exports_by_key<R: Columns>(
     rows: &[R],

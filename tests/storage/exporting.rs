@@ -777,4 +777,58 @@ on_both_engines! {
         let states: Vec<_> = now.deliveries.iter().map(|mail| mail.state).collect();
         assert_eq!(states, [DeliveryState::Dead, DeliveryState::Sent, DeliveryState::Sent]);
     }
+
+    async fn the_next_export_begins_where_the_last_one_that_arrived_has_ended(db) {
+        let ordered = async |number, until, by: &str| {
+            let mut new = asked(ExportRequest { contact_id: contact(number), until: Some(until), ..request(&[A]) }, t0());
+            new.requested_by = subject(by);
+            db.exports.create_one(&new).await.unwrap();
+            let claimed = db.exports.claim_render(worker(1), t0(), t0() + minutes(1)).await.unwrap().unwrap();
+            assert!(db.exports.rendered(&claimed, worker(1), &file(t0())).await.unwrap());
+            claim_mail(db, t0()).await.unwrap()
+        };
+        let sent = || DeliveryOutcome::Sent { at: t0() };
+        for (number, until, by, outcome) in [
+            (1, t0() - days(2), "job weekly", sent()),
+            (1, t0() - days(1), "job weekly", sent()),
+            (1, t0(), "job daily", sent()),
+            (2, t0(), "job weekly", dead()),
+            (3, t0(), "job weekly", again(DeliveryState::Deferred, t0() + hours(1))),
+        ] {
+            let claimed = ordered(number, until, by).await;
+            end(db, &claimed, outcome, t0()).await;
+        }
+        let contacts = [1, 2, 3, 4].map(contact);
+        let ends = async || db.exports.last_ends(&acme(), &subject("job weekly"), &contacts).await.unwrap();
+        assert_eq!(ends().await, std::collections::HashMap::from([(contact(1), t0() - days(1))]));
+        let old = db.exports.old_files(t0() + days(7), 10).await.unwrap();
+        assert_eq!(old.len(), 5);
+        db.exports.expire(&old).await.unwrap();
+        assert_eq!(ends().await, std::collections::HashMap::from([(contact(1), t0() - days(1))]), "expired is not failed");
+        let foreign = db.exports.last_ends(&globex(), &subject("job weekly"), &contacts).await.unwrap();
+        assert_eq!(foreign, std::collections::HashMap::new());
+    }
+
+    async fn news_are_what_the_audience_sees_within_the_contacts_own_period(db) {
+        let event = |number, at| event_of(contact(number)).occurred_at(at);
+        let (since, until) = (t0() - hours(2), t0() - hours(1));
+        db.given(&acme(), [
+            event(1, since).visible_to_client(true).recorded(),
+            event(2, until).visible_to_client(true).recorded(),
+            event(2, since - MICRO).visible_to_client(true).recorded(),
+            event(3, since).recorded(),
+            event(4, since).visible_to_client(true).expires_at(t0() + minutes(1)).recorded(),
+            event(5, since).visible_to_client(true).recorded(),
+        ]).await;
+        let mut contacts: Vec<_> = [5, 4, 3, 2, 1, 6].map(|number| (contact(number), since)).to_vec();
+        contacts[0].1 = since + MICRO;
+        let news = async |audience, now| {
+            db.exports.with_news(&acme(), audience, &contacts, until, now).await.unwrap()
+        };
+        assert_eq!(news(Audience::Client, t0()).await, [contact(4), contact(1)]);
+        assert_eq!(news(Audience::Client, t0() + minutes(1)).await, [contact(1)]);
+        assert_eq!(news(Audience::Agent, t0()).await, [contact(4), contact(3), contact(1)]);
+        let foreign = db.exports.with_news(&globex(), Audience::Agent, &contacts, until, t0()).await.unwrap();
+        assert_eq!(foreign, []);
+    }
 }

@@ -788,6 +788,62 @@ impl ExportStore for PgStorage {
         Ok(count.unsigned_abs())
     }
 
+    async fn last_ends(
+        &self,
+        tenant: &TenantId,
+        by: &Subject,
+        contacts: &[ContactId],
+    ) -> StorageResult<HashMap<ContactId, DateTime<Utc>>> {
+        // One that expired with its mails undone has no end, one whose mails were all refused an error.
+        let found = sqlx::query(
+            "select e.contact_id, max(e.until) as until
+             from exports e
+             where e.tenant_id = $1 and e.requested_by = $2
+               and e.contact_id = any($3)
+               and e.state in ('done', 'expired') and e.finished_at is not null and e.error is null
+               and e.until is not null
+             group by e.contact_id",
+        )
+        .bind(tenant.as_str())
+        .bind(by.as_str())
+        .bind(set(contacts, ContactId::uuid))
+        .fetch_all(&self.worker)
+        .await?;
+        rows::ends_by_contact(&found)
+    }
+
+    async fn with_news(
+        &self,
+        tenant: &TenantId,
+        audience: Audience,
+        contacts: &[(ContactId, DateTime<Utc>)],
+        until: DateTime<Utc>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Vec<ContactId>> {
+        let ids: Vec<Uuid> = contacts.iter().map(|(contact, _)| contact.uuid()).collect();
+        let since: Vec<DateTime<Utc>> = contacts.iter().map(|(_, since)| *since).collect();
+        let found = sqlx::query(
+            "select asked.contact_id
+             from unnest($2::uuid[], $3::timestamptz[]) with ordinality as asked (contact_id, since, number)
+             where exists (
+                 select 1 from contact_events e
+                 where e.tenant_id = $1 and e.contact_id = asked.contact_id
+                   and e.occurred_at >= asked.since and e.occurred_at < $4
+                   and case $5::text when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else true end
+                   and (e.expires_at is null or e.expires_at > $6))
+             order by asked.number",
+        )
+        .bind(tenant.as_str())
+        .bind(ids)
+        .bind(since)
+        .bind(until)
+        .bind(audience.as_str())
+        .bind(now)
+        .fetch_all(&self.worker)
+        .await?;
+        found.iter().map(rows::contact).collect()
+    }
+
     async fn active_contacts(
         &self,
         tenant: &TenantId,

@@ -706,6 +706,63 @@ impl ExportStore for SqliteStorage {
         Ok(count.unsigned_abs())
     }
 
+    async fn last_ends(
+        &self,
+        tenant: &TenantId,
+        by: &Subject,
+        contacts: &[ContactId],
+    ) -> StorageResult<HashMap<ContactId, DateTime<Utc>>> {
+        // One that expired with its mails undone has no end, one whose mails were all refused an error.
+        let found = sqlx::query(
+            "select e.contact_id, max(e.until) as until
+             from exports e
+             where e.tenant_id = $1 and e.requested_by = $2
+               and e.contact_id in (select value from json_each($3))
+               and e.state in ('done', 'expired') and e.finished_at is not null and e.error is null
+               and e.until is not null
+             group by e.contact_id",
+        )
+        .bind(tenant.as_str())
+        .bind(by.as_str())
+        .bind(set(contacts))
+        .fetch_all(&self.readers)
+        .await?;
+        rows::ends_by_contact(&found)
+    }
+
+    async fn with_news(
+        &self,
+        tenant: &TenantId,
+        audience: Audience,
+        contacts: &[(ContactId, DateTime<Utc>)],
+        until: DateTime<Utc>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Vec<ContactId>> {
+        let asked: Vec<_> = contacts
+            .iter()
+            .map(|(contact, since)| serde_json::json!([contact, at(*since)]))
+            .collect();
+        let found = sqlx::query(
+            "select asked.value ->> 0 as contact_id
+             from json_each($2) asked
+             where exists (
+                 select 1 from contact_events e
+                 where e.tenant_id = $1 and e.contact_id = asked.value ->> 0
+                   and e.occurred_at >= asked.value ->> 1 and e.occurred_at < $3
+                   and case $4 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
+                   and (e.expires_at is null or e.expires_at > $5))
+             order by asked.key",
+        )
+        .bind(tenant.as_str())
+        .bind(set(&asked))
+        .bind(at(until))
+        .bind(audience.as_str())
+        .bind(at(now))
+        .fetch_all(&self.readers)
+        .await?;
+        found.iter().map(rows::contact).collect()
+    }
+
     async fn active_contacts(
         &self,
         tenant: &TenantId,
