@@ -151,8 +151,12 @@ fn as_html(
     until: Option<&str>,
     facts: &[(&'static str, String)],
 ) -> String {
+    // No colours: they are the reader's, by day and by night.
     let mut html = format!(
-        "<!doctype html>\n<html><body>\n<p>{}</p>\n",
+        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width\">\n\
+         <meta name=\"color-scheme\" content=\"light dark\"></head>\n\
+         <body style=\"font-family: sans-serif; line-height: 1.5; max-width: 40em\">\n<p>{}</p>\n",
         escaped(opening)
     );
     if let Some(link) = link {
@@ -164,11 +168,12 @@ fn as_html(
             "<p>It can be fetched{until}:<br><a href=\"{link}\">{link}</a></p>\n"
         ));
     }
-    html.push_str("<table>\n");
+    html.push_str("<table style=\"border-collapse: collapse\">\n");
     for (label, value) in facts {
         let value = escaped(value);
         html.push_str(&format!(
-            "<tr><th align=\"left\">{label}</th><td>{value}</td></tr>\n"
+            "<tr><th scope=\"row\" align=\"left\" valign=\"top\" style=\"padding-right: 1em; white-space: nowrap\">{label}</th>\
+             <td style=\"word-break: break-word\">{value}</td></tr>\n"
         ));
     }
     html.push_str("</table>\n</body></html>\n");
