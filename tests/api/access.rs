@@ -191,6 +191,7 @@ fn routes(
             &[&contact_of_no_other_route.to_string()],
             [403, 403, 200, 403],
         ),
+        route(
             post.clone(),
             "/api/v1/exports/{id}/resend",
             &[export],

@@ -57,7 +57,11 @@ fn export(change: impl FnOnce(&mut ExportRequest)) -> Export {
         sha256: None,
         file_name: None,
         error: None,
+        downloads: 0,
+        last_download_at: None,
         deliveries: Vec::new(),
+        links: Vec::new(),
+        actions: Vec::new(),
     }
 }
 
