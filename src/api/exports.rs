@@ -22,7 +22,7 @@ use crate::access::{Identity, Role};
 use crate::domain::{
     Audience, Category, Clock, ContactId, ExportId, Fault, format_time, parse_time,
 };
-use crate::export::{Format, REDACTABLE, file_path, message_ids};
+use crate::export::{FileKind, Format, REDACTABLE, file_path, message_ids};
 use crate::storage::{Export, ExportRequest, ExportState, ExportStore, NewExport};
 
 /// Recipients of one export.
@@ -366,13 +366,15 @@ async fn file(
         tracing::error!(export.id = %id, %error, "the file of an export cannot be opened");
         Problem::internal()
     })?;
-    let format =
-        Format::from_str(&export.request.format).map_err(|_unknown| Problem::internal())?;
+    let kind = FileKind::of(name);
     let headers = [
-        (header::CONTENT_TYPE, format.media_type().to_owned()),
+        (header::CONTENT_TYPE, kind.media_type().to_owned()),
         (
             header::CONTENT_DISPOSITION,
-            format!("attachment; filename=\"timeline-{id}.{format}\""),
+            format!(
+                "attachment; filename=\"timeline-{id}.{}\"",
+                kind.extension()
+            ),
         ),
         (
             header::CONTENT_LENGTH,

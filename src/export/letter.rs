@@ -2,6 +2,7 @@
 
 use chrono::{DateTime, SecondsFormat, Utc};
 
+use super::FileKind;
 use crate::mail::{AttachedFile, Letter, escaped};
 use crate::storage::Export;
 use lettre::message::Mailbox;
@@ -43,13 +44,14 @@ pub(super) fn compose(
     paper: &Stationery<'_>,
 ) -> Letter {
     let contact = export.request.contact_id;
-    let name = format!("timeline-{contact}.csv");
+    let kind = FileKind::of(export.file_name.as_deref().unwrap_or_default());
+    let name = format!("timeline-{contact}.{}", kind.extension());
     let lines = facts(export, &name);
     let (opening, link, attachment) = match placement {
         Placement::Attached(content) => {
             let file = AttachedFile {
                 name,
-                media_type: "text/csv; charset=utf-8",
+                media_type: kind.media_type(),
                 content,
             };
             (

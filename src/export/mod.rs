@@ -11,6 +11,7 @@ mod file;
 mod letter;
 mod outage;
 mod render;
+mod writer;
 
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -86,12 +87,31 @@ impl From<ExportFormat> for Format {
     }
 }
 
-impl Format {
+/// What lies in an export's file, which its name tells: a format may end in more than one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileKind {
+    /// RFC 4180.
+    Csv,
+    /// A row from elsewhere names something else.
+    Other,
+}
+
+impl FileKind {
+    /// By what follows the first dot.
+    #[must_use]
+    pub fn of(file_name: &str) -> Self {
+        match file_name.split_once('.') {
+            Some((_, "csv")) => Self::Csv,
+            _ => Self::Other,
+        }
+    }
+
     /// The media type, RFC 7111 for CSV.
     #[must_use]
     pub fn media_type(self) -> &'static str {
         match self {
             Self::Csv => "text/csv; charset=utf-8; header=present",
+            Self::Other => "application/octet-stream",
         }
     }
 
@@ -100,6 +120,7 @@ impl Format {
     pub fn extension(self) -> &'static str {
         match self {
             Self::Csv => "csv",
+            Self::Other => "bin",
         }
     }
 }

@@ -4,17 +4,16 @@
 //! other without a snapshot held open for minutes; memory holds one page.
 
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
 
 use chrono::TimeDelta;
 use futures_util::FutureExt;
 use tokio::task::{JoinError, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
-use super::csv::Sheet;
 use super::file::{PartFile, Written};
-use super::{Duty, Exporter, Format};
-use crate::domain::UnknownKind;
+use super::writer::{self, Finished, Notes, WriteError, Writer};
+use super::{Duty, Exporter};
+use crate::domain::ContactEvent;
 use crate::storage::{Export, Rendered, StorageError, StorageResult};
 use crate::telemetry::chain;
 
@@ -35,23 +34,15 @@ enum Ending {
     Stopped,
 }
 
-/// What is told of a file beside the row.
-struct Notes {
-    guarded_cells: u64,
-}
-
 #[derive(Debug, thiserror::Error)]
 enum RenderError {
     /// Passes by itself or stops everything: the export waits, and no attempt is spent.
     #[error(transparent)]
     Away(StorageError),
-    /// Another attempt would end the same way.
-    #[error(transparent)]
-    Unknown(#[from] UnknownKind),
     #[error("the export cannot be read from the database")]
     Storage(#[source] StorageError),
-    #[error("the file cannot be written")]
-    File(#[from] std::io::Error),
+    #[error(transparent)]
+    Write(#[from] WriteError),
     #[error("rendering panicked")]
     Panicked,
 }
@@ -107,7 +98,7 @@ impl Exporter {
         };
         let now = self.clock.now();
         let wait = match &error {
-            RenderError::Unknown(_) => None,
+            RenderError::Write(WriteError::Unknown(_)) => None,
             _ => super::RENDER_RETRY.delay(export.attempt, rand::random()),
         };
         let next_attempt_at = wait.map(|wait| super::after(now, wait));
@@ -137,30 +128,25 @@ impl Exporter {
         export: &Export,
         stop: &CancellationToken,
     ) -> Result<Ending, RenderError> {
-        let Format::Csv = export.request.format.parse()?;
-        let sheet = Arc::new(Sheet::of(&export.request)?);
         // One instant for all pages, so that what expires meanwhile is in all or in none.
         let now = self.clock.now();
         let total = self.store.count_rows(export, now).await?;
         if !self.keep_claim(export, 0, total).await? {
             return Ok(Ending::Lost);
         }
-        let name = format!("{}.{}", export.id, Format::Csv.extension());
-        let mut file = self.begin(&name, sheet.clone()).await?;
-        let (mut rows, mut guarded_cells, mut after) = (0, 0, None);
-        let mut renewed_at = now;
+        let mut writer = self.begin(export).await?;
+        let (mut rows, mut after, mut renewed_at) = (0, None, now);
         loop {
             if stop.is_cancelled() {
                 return Ok(Ending::Stopped);
             }
             let page = self.store.rows(export, after, now, PAGE).await?;
             let (count, next) = (page.events.len() as u64, page.next);
-            let guarded;
-            (file, guarded) = append(file, sheet.clone(), page.events).await?;
-            rows += count;
-            guarded_cells += guarded;
+            let taken;
+            (writer, taken) = append(writer, page.events).await?;
+            rows += taken;
             after = next;
-            if after.is_none() {
+            if after.is_none() || taken < count {
                 break;
             }
             let at = self.clock.now();
@@ -172,7 +158,12 @@ impl Exporter {
                 renewed_at = at;
             }
         }
-        let Written { bytes, sha256 } = spawn_blocking(move || file.finish()).await??;
+        let Finished { written, notes } = spawn_blocking(move || writer.finish()).await??;
+        let Written {
+            name,
+            bytes,
+            sha256,
+        } = written;
         let at = self.clock.now();
         let rendered = Rendered {
             rows,
@@ -188,14 +179,15 @@ impl Exporter {
             .await?
         {
             self.mail_due.notify_one();
-            return Ok(Ending::Finished(rendered, Notes { guarded_cells }));
+            return Ok(Ending::Finished(rendered, notes));
         }
         // Whoever took the claim over writes, or has written, the same name: only a file that
         // nobody will come for is removed.
         let found = self.store.find(&export.tenant_id, export.id).await?;
         if found.is_none_or(|found| found.state == crate::storage::ExportState::Cancelled) {
             let path = self.settings.directory.join(&rendered.file_name);
-            spawn_blocking(move || super::file::remove(&path)).await??;
+            let removed = spawn_blocking(move || super::file::remove(&path)).await?;
+            removed.map_err(WriteError::from)?;
         }
         Ok(Ending::Lost)
     }
@@ -207,28 +199,25 @@ impl Exporter {
             .await
     }
 
-    async fn begin(&self, name: &str, sheet: Arc<Sheet>) -> Result<PartFile, RenderError> {
-        let (directory, name) = (self.settings.directory.clone(), name.to_owned());
+    async fn begin(&self, export: &Export) -> Result<Box<dyn Writer>, RenderError> {
+        let (directory, export) = (self.settings.directory.clone(), export.clone());
         let worker = self.settings.worker;
         let begun = spawn_blocking(move || {
-            let mut file = PartFile::create(&directory, &name, worker)?;
-            file.append(&sheet.header())?;
-            Ok::<_, std::io::Error>(file)
+            let file = PartFile::create(&directory, &export.id.to_string(), worker)?;
+            writer::begin(&export, file)
         });
         Ok(begun.await??)
     }
 }
 
-/// Encodes a page and writes it, off the async threads. Answers how many cells were guarded.
+/// Encodes a page and writes it, off the async threads. Answers how many events were taken.
 async fn append(
-    mut file: PartFile,
-    sheet: Arc<Sheet>,
-    events: Vec<crate::domain::ContactEvent>,
-) -> Result<(PartFile, u64), RenderError> {
+    mut writer: Box<dyn Writer>,
+    events: Vec<ContactEvent>,
+) -> Result<(Box<dyn Writer>, u64), RenderError> {
     let appended = spawn_blocking(move || {
-        let (bytes, guarded) = sheet.rows(&events);
-        file.append(&bytes)?;
-        Ok::<_, std::io::Error>((file, guarded))
+        let taken = writer.page(&events)?;
+        Ok::<_, WriteError>((writer, taken))
     });
     Ok(appended.await??)
 }
