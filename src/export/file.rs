@@ -60,6 +60,11 @@ impl PartFile {
         })
     }
 
+    /// Where it lies.
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     pub(super) fn append(&mut self, content: &[u8]) -> io::Result<()> {
         self.file.write_all(content)?;
         self.hash.update(content);
@@ -83,6 +88,17 @@ impl PartFile {
             bytes: self.bytes,
             sha256: hash.iter().map(|byte| format!("{byte:02x}")).collect(),
         })
+    }
+}
+
+impl Write for PartFile {
+    fn write(&mut self, content: &[u8]) -> io::Result<usize> {
+        self.append(content)?;
+        Ok(content.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

@@ -78,10 +78,15 @@ impl Exporter {
         let ended = rendering.await.unwrap_or(Err(RenderError::Panicked));
         let elapsed_ms = (self.clock.now() - began).num_milliseconds();
         let error = match ended {
-            Ok(Ending::Finished(Rendered { rows, bytes, .. }, Notes { guarded_cells })) => {
+            Ok(Ending::Finished(Rendered { rows, bytes, .. }, notes)) => {
+                let Notes {
+                    guarded_cells,
+                    redacted_cells,
+                    cut_texts,
+                } = notes;
                 tracing::info!(
                     export.id = %export.id, tenant.id = %export.tenant_id, export.attempt = export.attempt,
-                    rows, bytes, guarded_cells, elapsed_ms, "exported {rows} events"
+                    rows, bytes, guarded_cells, redacted_cells, cut_texts, elapsed_ms, "exported {rows} events"
                 );
                 return Ok(());
             }

@@ -397,8 +397,8 @@ fn wrong_exports_are_told_by_their_names() {
             "8:12: jobs.x.audience: \"agents\" is unknown; \"client\", \"agent\" or \"audit\"; did you mean \"agent\"?",
         ),
         (
-            export(&format!("{all}format = \"pdf\"")),
-            "8:10: jobs.x.format: \"pdf\" is unknown; only \"csv\"",
+            export(&format!("{all}format = \"json\"")),
+            "8:10: jobs.x.format: \"json\" is unknown; \"csv\", \"csv.gz\", \"csv.zst\", \"jsonl\", \"jsonl.gz\", \"jsonl.zst\" or \"xlsx\"; did you mean \"jsonl\"?",
         ),
         (
             export(&format!("{all}period = \"0s\"")),
