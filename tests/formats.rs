@@ -25,6 +25,7 @@ use timelined::mail::Mailer;
 use timelined::storage::{Export, ExportRequest, ExportState, NewExport};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use support::builders::{
     Record as _, acme, agent, contact, event, id, minutes, session, subject, t0,
@@ -42,7 +43,7 @@ impl Home {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("timelined.toml");
-        let text = format!("state_directory = {:?}\n", directory.path());
+        let text = format!("state_directory = \"{}\"\n", directory.path().display());
         std::fs::write(&file, text).unwrap();
         let request = config::Request {
             explicit_file: Some(file),
@@ -94,7 +95,7 @@ impl Home {
             Arc::new(Notify::new()),
         );
         let (stop, abort) = (CancellationToken::new(), CancellationToken::new());
-        let work = tokio::spawn(exporter.run(stop.clone(), abort));
+        let work = TaskTracker::new().spawn(exporter.run(stop.clone(), abort));
         let find = async || db.exports.find(&acme(), id).await.unwrap().unwrap();
         eventually("the export ends", Duration::from_mins(1), async || {
             !matches!(
