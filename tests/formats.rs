@@ -22,7 +22,7 @@ use timelined::daemon::export_settings;
 use timelined::domain::{Audience, ContactEvent, ExportId, ManualClock, Priority, Source};
 use timelined::export::Exporter;
 use timelined::mail::Mailer;
-use timelined::storage::{Export, ExportRequest, ExportState, NewExport};
+use timelined::storage::{Export, ExportRequest, ExportState, NewExport, View};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -30,8 +30,8 @@ use tokio_util::task::TaskTracker;
 use support::builders::{
     Record as _, acme, agent, contact, event, id, minutes, session, subject, t0,
 };
-use support::daemon::eventually;
-use support::database::Database;
+use support::daemon::{Settings, eventually};
+use support::database::{Database, Engine};
 
 /// Where files go.
 struct Home {
@@ -280,6 +280,47 @@ on_both_engines! {
         let lines: Vec<_> = stored.iter().map(|event| serde_json::to_string(event).unwrap() + "\n").collect();
         assert_eq!(Home::new().text(db, t0(), "jsonl").await, lines.concat());
         assert!(lines.concat().contains("\"delivered\":true"));
+    }
+
+    async fn a_timeline_moves_to_either_engine_and_back_without_a_byte_changed(db) {
+        let home = Home::new();
+        let mut events = awkward();
+        events.push(event().id(id(97)).title("read").occurred_at(t0() + minutes(1)).recorded());
+        events.push(event().id(id(98)).realtime().occurred_at(t0() + minutes(2)).recorded());
+        let largest = json!({ "text": "\u{1}".repeat(10_000) });
+        events.push(event().id(id(99)).payload(largest).description("\u{1f}".repeat(20_000)).occurred_at(t0() + minutes(3)).recorded());
+        db.given(&acme(), events.clone()).await;
+        // As no program of ours would write it.
+        db.execute(&format!(
+            "insert into contact_events (tenant_id, contact_id, event_type, category, source, payload)
+             values ('acme', '{}', 'note_added', 'note', 'agent', '{{ \"b\": 1.50, \"a\": 12345678901234567890123, \"a\": 1e400 }}')",
+            contact(1)
+        )).await.unwrap();
+        let by = subject("ana");
+        db.events.mark_delivered(&acme(), None, &[id(90)], None, &by, t0() + minutes(1)).await.unwrap();
+        let everything = View::everything(t0() + minutes(1));
+        db.events.mark_read(&acme(), &[id(97), id(90)], None, &by, everything).await.unwrap();
+        let (file, export) = home.export(db, t0(), "jsonl", |_| ()).await;
+        assert_eq!(export.rows, events.len() as u64 + 1);
+        let first = std::fs::read_to_string(&file).unwrap();
+        // One of them has expired by the time of the import.
+        for engine in [Engine::Sqlite, Engine::Postgres] {
+            let other = Database::fresh(engine).await;
+            let settings = Settings::new().env("TIMELINED__DATABASE__URL", &other.url().await);
+            let output = settings
+                .command(&["events", "import", file.to_str().unwrap(), "--tenant", "acme"])
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            let second = home.text(&other, t0(), "jsonl").await;
+            for (first, second) in first.lines().zip(second.lines()) {
+                assert_eq!(first, second);
+            }
+            assert_eq!(first.len(), second.len());
+            let waiting = other.texts("select cast(event_id as text) from event_outbox").await;
+            assert_eq!(waiting, [Some(id(98).to_string())]);
+            other.drop().await;
+        }
     }
 
     async fn a_payload_that_another_program_wrote_over_two_lines_is_one_line(db) {

@@ -88,15 +88,15 @@ impl JsonObject {
     ///
     /// # Errors
     /// [`JsonObjectError`] says which rule it breaks.
-    pub fn from_text(text: &str, limit: usize) -> Result<Self, JsonObjectError> {
+    pub fn from_text(text: String, limit: usize) -> Result<Self, JsonObjectError> {
         let size = text.len();
         if size > limit {
             return Err(JsonObjectError::TooLarge { limit, size });
         }
-        if has_escaped_nul(text) {
+        if has_escaped_nul(&text) {
             return Err(JsonObjectError::Nul);
         }
-        Self::from_stored(text.to_owned())
+        Self::from_stored(text)
     }
 
     /// The compact text.
@@ -235,7 +235,7 @@ mod tests {
     #[test]
     fn a_text_is_taken_as_it_is_by_the_same_rules() {
         let text = r#"{ "a": 1.50, "a": 18446744073709551616, "b": "\\u0000" }"#;
-        let object = JsonObject::from_text(text, 100).unwrap();
+        let object = JsonObject::from_text(text.to_owned(), 100).unwrap();
         assert_eq!(object.as_str(), text);
         for (text, error) in [
             (r#"{"a":"\u0000"}"#, JsonObjectError::Nul),
@@ -245,7 +245,11 @@ mod tests {
             ("{} ", JsonObjectError::TooLarge { limit: 2, size: 3 }),
         ] {
             let limit = if text == "{} " { 2 } else { 100 };
-            assert_eq!(JsonObject::from_text(text, limit), Err(error), "{text}");
+            assert_eq!(
+                JsonObject::from_text(text.to_owned(), limit),
+                Err(error),
+                "{text}"
+            );
         }
     }
 
