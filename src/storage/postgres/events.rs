@@ -32,7 +32,6 @@ macro_rules! event_columns {
          e.visible_to_client, e.visible_to_agent, e.expires_at, e.occurred_at, e.created_at"
     };
 }
-pub(super) use event_columns;
 
 /// Rows that one look at the tail reads at once; both of its statements say it.
 const TAIL_PAGE: usize = 10_000;

@@ -34,7 +34,6 @@ macro_rules! event_columns {
          e.expires_at, e.occurred_at, e.created_at"
     };
 }
-pub(super) use event_columns;
 
 /// Columns of an insert.
 const INSERT_COLUMNS: usize = 20;

@@ -4,11 +4,12 @@ use std::collections::{HashMap, HashSet};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
+use futures_util::TryStreamExt as _;
 use sqlx::Row;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use uuid::Uuid;
 
-use super::events::{check_fence, event_columns};
+use super::events::check_fence;
 use super::{SqliteStorage, at, changed, set, text};
 use crate::domain::{Audience, Category, ContactId, ExportId, TenantId};
 use crate::storage::events::{Filter, Key, Slice, View, bounds, last_key};
@@ -24,6 +25,17 @@ macro_rules! export_columns {
         "id, tenant_id, contact_id, format, audience, since, until, categories, timezone, redact, attach, \
          requested_by, created_at, through_seq, state, attempt, started_at, rendered_at, finished_at, \
          expires_at, total_rows, rows, bytes, sha256, file_name, error"
+    };
+}
+
+/// Those of an event, but for when its delivery expired: that of an event which has not expired has not,
+/// and to look for it would cost as much as to look for the delivery.
+macro_rules! row_columns {
+    () => {
+        "e.id, e.tenant_id, e.contact_id, e.session_id, e.event_type, e.category, e.priority, e.source, \
+         e.title, e.description, e.payload, e.metadata, e.triggered_by, \
+         e.integration_source, e.is_realtime, e.delivered_at, null as delivery_expired_at, e.read_at, \
+         e.visible_to_client, e.visible_to_agent, e.expires_at, e.occurred_at, e.created_at"
     };
 }
 
@@ -409,8 +421,8 @@ impl ExportStore for SqliteStorage {
         let (key, _) = last_key(page);
         // One lower bound for the index: `since` counts until the first key is beyond it.
         let key = key.max((since, Uuid::nil()));
-        let found = sqlx::query(concat!(
-            "select ", event_columns!(), "
+        let mut found = sqlx::query(concat!(
+            "select ", row_columns!(), "
              from timeline_events e
              where e.tenant_id = $1 and e.contact_id = $2
                and (e.occurred_at, e.id) > ($3, $4)
@@ -432,9 +444,12 @@ impl ExportStore for SqliteStorage {
         .bind(at(now))
         .bind(export.through_seq)
         .bind(i64::from(limit) + 1)
-        .fetch_all(&self.readers)
-        .await?;
-        Ok(rows::slice(&found, limit))
+        .fetch(&self.readers);
+        let mut slicing = rows::Slicing::new(limit);
+        while let Some(row) = found.try_next().await? {
+            slicing.push(&row);
+        }
+        Ok(slicing.end())
     }
 
     async fn count_rows(&self, export: &Export, now: DateTime<Utc>) -> StorageResult<u64> {
