@@ -323,6 +323,22 @@ on_both_engines! {
         }
     }
 
+    async fn a_row_that_cannot_be_read_is_passed_over_and_the_others_are_not(db) {
+        let insert = |title: &str, payload: &str| format!(
+            "insert into contact_events (tenant_id, contact_id, event_type, category, source, title, payload)
+             values ('acme', '{}', 'note_added', 'note', 'agent', {title}, '{payload}')",
+            contact(1)
+        );
+        // SQLite takes for text what is not UTF-8; both take half a character in JSON.
+        let title = db.either("cast(x'ff' as text)", "'text'");
+        for (title, payload) in [("'first'", "{}"), (title, "{}"), ("'half'", "{\"a\":\"\\ud800\"}"), ("'last'", "{}")] {
+            db.execute(&insert(title, payload)).await.unwrap();
+        }
+        let text = Home::new().text(db, t0(), "csv").await;
+        assert!(text.contains("first") && text.contains("last") && !text.contains("half"), "{text}");
+        assert_eq!(text.lines().count(), db.either(3, 4));
+    }
+
     async fn a_payload_that_another_program_wrote_over_two_lines_is_one_line(db) {
         db.execute(&format!(
             "insert into contact_events (tenant_id, contact_id, event_type, category, source, payload)

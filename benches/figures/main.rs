@@ -15,8 +15,8 @@
 mod support;
 
 mod creates;
-mod csv;
 mod delivery;
+mod export;
 mod idle;
 mod load;
 mod pages;
@@ -141,8 +141,8 @@ async fn main() {
     if is_wanted("purge") {
         purge::run().await;
     }
-    if is_wanted("csv") {
-        csv::run().await;
+    if is_wanted("export") {
+        export::run().await;
     }
     if is_wanted("idle") {
         idle::run().await;

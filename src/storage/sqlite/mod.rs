@@ -7,6 +7,7 @@ mod alerts;
 mod events;
 mod exports;
 mod ledger;
+mod packed;
 mod retention;
 mod writer;
 
