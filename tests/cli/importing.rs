@@ -7,9 +7,9 @@ use std::process::Stdio;
 use timelined::domain::{ContactEvent, Delivery};
 
 use crate::support::builders::{Record as _, acme, event, id, minutes, t0};
-use crate::support::daemon::Settings;
+use crate::support::daemon::{Settings, service};
 use crate::support::database::Database;
-use crate::{Ran, bounded, on, run};
+use crate::{CONTACT, Ran, bounded, on, run};
 
 /// As an export writes them.
 fn lines(events: &[ContactEvent]) -> String {
@@ -143,6 +143,28 @@ on_both_engines! {
         // The one that has expired is pushed to nobody.
         let expired = db.events.expire_undelivered(at(6), 10).await.unwrap();
         assert_eq!(expired, 1);
+    }
+
+    async fn a_daemon_beside_an_import_goes_on_recording(db) {
+        let settings = on(db).await;
+        let daemon = settings.start();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), lines(&notes(1..=10_000))).unwrap();
+        let path = file.path().to_str().unwrap();
+        let mut command = settings.command(&["events", "import", path, "--tenant", "acme"]);
+        let mut import = command.stdout(Stdio::null()).spawn().unwrap();
+        let token = service("acme");
+        let body = serde_json::json!({ "event_type": "note_added", "category": "note", "source": "agent" });
+        let (mut recorded, mut ended) = (0, None);
+        while ended.is_none() {
+            let path = format!("/api/v1/contacts/{CONTACT}/events");
+            let (status, answer) = daemon.post(&path, &token, &body).await;
+            assert_eq!(status, 201, "{answer}");
+            recorded += 1;
+            ended = import.try_wait().unwrap();
+        }
+        assert!(ended.unwrap().success());
+        assert_eq!(db.count("contact_events").await, 10_000 + recorded);
     }
 
     async fn an_import_is_for_one_tenant_and_needs_a_file(db) {
