@@ -9,7 +9,7 @@ use sqlx::Row;
 use sqlx::postgres::{PgConnection, PgRow};
 use uuid::Uuid;
 
-use super::{PgStorage, set};
+use super::{PgStorage, Placed, set};
 use crate::domain::{Audience, Category, ContactId, ExportId, TenantId};
 use crate::storage::events::{Filter, Key, Slice, View, bounds, last_key};
 use crate::storage::exports::{
@@ -524,7 +524,7 @@ impl ExportStore for PgStorage {
         .fetch(&self.worker);
         let mut slicing = rows::Slicing::new(limit);
         while let Some(row) = found.try_next().await? {
-            slicing.push(&row);
+            slicing.push(&Placed::new(&row));
         }
         Ok(slicing.end())
     }
