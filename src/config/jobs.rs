@@ -174,8 +174,33 @@ pub enum Selection {
 pub enum ExportFormat {
     /// RFC 4180.
     Csv,
+    /// The same, packed by gzip.
+    CsvGz,
+    /// The same, packed by Zstandard.
+    CsvZst,
+    /// An event a line.
+    Jsonl,
+    /// The same, packed by gzip.
+    JsonlGz,
+    /// The same, packed by Zstandard.
+    JsonlZst,
+    /// A workbook.
+    Xlsx,
     /// A document.
     Pdf,
+}
+
+impl ExportFormat {
+    const NAMES: [(&str, Self); 8] = [
+        ("csv", Self::Csv),
+        ("csv.gz", Self::CsvGz),
+        ("csv.zst", Self::CsvZst),
+        ("pdf", Self::Pdf),
+        ("jsonl", Self::Jsonl),
+        ("jsonl.gz", Self::JsonlGz),
+        ("jsonl.zst", Self::JsonlZst),
+        ("xlsx", Self::Xlsx),
+    ];
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -504,11 +529,7 @@ impl ExportJob {
             section.take_required("tenant", &parsed("the id of a tenant, 1 to 255 characters"));
         let selection = Selection::read(section);
         let audience = section.take("audience", "client", &named(&["client", "agent", "audit"]));
-        let format = section.take(
-            "format",
-            "csv",
-            &choice(&[("csv", ExportFormat::Csv), ("pdf", ExportFormat::Pdf)]),
-        );
+        let format = section.take("format", "csv", &choice(&ExportFormat::NAMES));
         let to = section.take_required(
             "to",
             &some(list(parsed("an address such as \"ops@example.com\""))),

@@ -15,7 +15,7 @@ mod retention;
 
 pub use audience::{Audience, Visibility};
 pub use clock::{Clock, ManualClock, SystemClock, micros, parse_time};
-pub use draft::{Fault, Invalid, MAX_FUTURE, NewContactEvent};
+pub use draft::{Fault, Invalid, MAX_FUTURE, NewContactEvent, read_portable};
 pub use event::{ContactEvent, Delivery, format_time};
 pub use ids::{
     AgentId, ContactId, ErasureId, EventId, ExportId, HoldId, IdError, RunId, SessionId, Subject,

@@ -60,6 +60,11 @@ impl PartFile {
         })
     }
 
+    /// Where it lies.
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     pub(super) fn append(&mut self, content: &[u8]) -> io::Result<()> {
         self.file.write_all(content)?;
         self.hash.update(content);

@@ -1,8 +1,9 @@
 //! Rendering: the timeline in keyset pages, each a short read of its own, into a file.
 //!
 //! What was recorded after the export was asked for is not part of it, so the pages agree with each
-//! other without a snapshot held open for minutes; memory holds one page.
+//! other without a snapshot held open for minutes; memory holds two pages.
 
+use std::ops::RangeInclusive;
 use std::panic::AssertUnwindSafe;
 
 use chrono::TimeDelta;
@@ -17,8 +18,13 @@ use crate::domain::ContactEvent;
 use crate::storage::{Export, Rendered, StorageError, StorageResult};
 use crate::telemetry::chain;
 
-/// Events in a page: some 200 KB as a rule, and 32 MB where each is as large as it may be.
-const PAGE: u32 = 200;
+/// Events in the first page, when nothing is known of their size.
+const FIRST_PAGE: u32 = 200;
+/// And in those behind, by the size of the one before. As a rule the most: a query's fixed costs hardly
+/// show any more. Where each event is as large as it may be, a page is 8 MB.
+const PAGES: RangeInclusive<usize> = 100..=1000;
+/// The text that a page should hold.
+const PAGE_BYTES: usize = 1024 * 1024;
 /// How long a claim lasts unless it is renewed; a page takes seconds at the very worst.
 pub(super) const CLAIM: TimeDelta = TimeDelta::seconds(60);
 /// Between two renewals, which tell the progress too: an fsync at each page would cost half the speed.
@@ -81,12 +87,15 @@ impl Exporter {
             Ok(Ending::Finished(Rendered { rows, bytes, .. }, notes)) => {
                 let Notes {
                     guarded_cells,
+                    redacted_cells,
+                    cut_texts,
                     missing_glyphs,
                     left_out,
                 } = notes;
                 tracing::info!(
                     export.id = %export.id, tenant.id = %export.tenant_id, export.attempt = export.attempt,
-                    rows, bytes, guarded_cells, missing_glyphs, left_out, elapsed_ms, "exported {rows} events"
+                    rows, bytes, guarded_cells, redacted_cells, cut_texts, missing_glyphs, left_out, elapsed_ms,
+                    "exported {rows} events"
                 );
                 return Ok(());
             }
@@ -140,20 +149,29 @@ impl Exporter {
             return Ok(Ending::Lost);
         }
         let mut writer = self.begin(export, total).await?;
-        let (mut rows, mut after, mut renewed_at) = (0, None, now);
+        let (mut rows, mut renewed_at) = (0, now);
+        let mut page = self.store.rows(export, None, now, FIRST_PAGE).await?;
         loop {
             if stop.is_cancelled() {
                 return Ok(Ending::Stopped);
             }
-            let page = self.store.rows(export, after, now, PAGE).await?;
             let (count, next) = (page.events.len() as u64, page.next);
+            let limit = limit_after(&page.events);
+            // While one page is written, the database is at work on the next.
+            let reading = async {
+                let Some(after) = next else { return Ok(None) };
+                let page = self.store.rows(export, Some(after), now, limit).await?;
+                Ok::<_, StorageError>(Some(page))
+            };
+            let (written, read) = tokio::join!(append(writer, page.events), reading);
             let taken;
-            (writer, taken) = append(writer, page.events).await?;
+            (writer, taken) = written?;
             rows += taken;
-            after = next;
-            if after.is_none() || taken < count {
+            if taken < count {
                 break;
             }
+            let Some(following) = read? else { break };
+            page = following;
             let at = self.clock.now();
             // Also where the clock stepped back.
             if (at - renewed_at).abs() >= RENEWAL {
@@ -213,6 +231,20 @@ impl Exporter {
         });
         Ok(begun.await??)
     }
+}
+
+/// How many events the page behind these may have.
+fn limit_after(events: &[ContactEvent]) -> u32 {
+    let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+    let sizes = events.iter().map(|event| {
+        text(&event.title)
+            + text(&event.description)
+            + event.payload.as_str().len()
+            + event.metadata.as_str().len()
+    });
+    let mean = sizes.sum::<usize>() / events.len().max(1);
+    let limit = (PAGE_BYTES / mean.max(1)).clamp(*PAGES.start(), *PAGES.end());
+    u32::try_from(limit).unwrap_or(FIRST_PAGE)
 }
 
 /// Encodes a page and writes it, off the async threads. Answers how many events were taken.

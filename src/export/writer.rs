@@ -4,10 +4,15 @@
 //! hold back what it needs to, such as a document until its last page is known. Everything here blocks
 //! or computes: for `spawn_blocking`.
 
-use super::Format;
+use std::ops::AddAssign;
+
 use super::csv::Sheet;
 use super::file::{PartFile, Written};
+use super::jsonl::Lines;
+use super::packed::Packed;
 use super::pdf::{Paper, PdfFile};
+use super::xlsx::XlsxFile;
+use super::{FileKind, Format, Packing};
 use crate::domain::{ContactEvent, UnknownKind};
 use crate::storage::Export;
 
@@ -32,10 +37,24 @@ pub(super) struct Finished {
 pub(super) struct Notes {
     /// Cells that a spreadsheet would have run.
     pub(super) guarded_cells: u64,
+    /// Cells whose content was to be left out.
+    pub(super) redacted_cells: u64,
+    /// Cells that are longer than the format takes, and say so.
+    pub(super) cut_texts: u64,
     /// Characters that no font has.
     pub(super) missing_glyphs: u64,
     /// Events that the format has no room for; the file says so.
     pub(super) left_out: u64,
+}
+
+impl AddAssign for Notes {
+    fn add_assign(&mut self, more: Self) {
+        self.guarded_cells += more.guarded_cells;
+        self.redacted_cells += more.redacted_cells;
+        self.cut_texts += more.cut_texts;
+        self.missing_glyphs += more.missing_glyphs;
+        self.left_out += more.left_out;
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +64,8 @@ pub(super) enum WriteError {
     Unknown(#[from] UnknownKind),
     #[error("the file cannot be written")]
     File(#[from] std::io::Error),
+    #[error("the workbook cannot be written")]
+    Workbook(#[from] rust_xlsxwriter::XlsxError),
     #[error("the document cannot be made: {0}")]
     Document(String),
 }
@@ -56,42 +77,76 @@ pub(super) fn begin(
     paper: &Paper,
     file: PartFile,
 ) -> Result<Box<dyn Writer>, WriteError> {
-    Ok(match export.request.format.parse()? {
-        Format::Csv => Box::new(CsvFile::begin(export, file)?),
-        Format::Pdf => Box::new(PdfFile::begin(export, total, paper, file)?),
-    })
+    let (csv, jsonl) = (
+        || Sheet::of(&export.request).map(Text::Csv),
+        || Lines::of(&export.request).map(Text::Jsonl),
+    );
+    let (text, kind, packing) = match export.request.format.parse()? {
+        Format::Csv => (csv()?, FileKind::Csv, Packing::None),
+        Format::CsvGz => (csv()?, FileKind::CsvGz, Packing::Gzip),
+        Format::CsvZst => (csv()?, FileKind::CsvZst, Packing::Zstd),
+        Format::Jsonl => (jsonl()?, FileKind::Jsonl, Packing::None),
+        Format::JsonlGz => (jsonl()?, FileKind::JsonlGz, Packing::Gzip),
+        Format::JsonlZst => (jsonl()?, FileKind::JsonlZst, Packing::Zstd),
+        Format::Pdf => {
+            return Ok(Box::new(PdfFile::begin(export, total, paper, file)?));
+        }
+        Format::Xlsx => {
+            let book = XlsxFile::begin(&export.request, export.created_at, file)?;
+            return Ok(Box::new(book));
+        }
+    };
+    Ok(Box::new(TextFile::begin(text, kind, packing, file)?))
 }
 
-/// CSV needs no holding back: each page is written as it comes.
-struct CsvFile {
-    file: PartFile,
-    sheet: Sheet,
+/// A format that needs no holding back.
+enum Text {
+    Csv(Sheet),
+    Jsonl(Lines),
+}
+
+/// Each page is written as it comes.
+struct TextFile {
+    file: Packed,
+    text: Text,
+    kind: FileKind,
     notes: Notes,
 }
 
-impl CsvFile {
-    fn begin(export: &Export, mut file: PartFile) -> Result<Self, WriteError> {
-        let sheet = Sheet::of(&export.request)?;
-        file.append(&sheet.header())?;
+impl TextFile {
+    fn begin(
+        text: Text,
+        kind: FileKind,
+        packing: Packing,
+        file: PartFile,
+    ) -> Result<Self, WriteError> {
+        let mut file = Packed::begin(file, packing)?;
+        if let Text::Csv(sheet) = &text {
+            file.append(&sheet.header())?;
+        }
         Ok(Self {
             file,
-            sheet,
+            text,
+            kind,
             notes: Notes::default(),
         })
     }
 }
 
-impl Writer for CsvFile {
+impl Writer for TextFile {
     fn page(&mut self, events: &[ContactEvent]) -> Result<u64, WriteError> {
-        let (bytes, guarded) = self.sheet.rows(events);
+        let (bytes, notes) = match &self.text {
+            Text::Csv(sheet) => sheet.rows(events),
+            Text::Jsonl(lines) => lines.lines(events),
+        };
         self.file.append(&bytes)?;
-        self.notes.guarded_cells += guarded;
+        self.notes += notes;
         Ok(events.len() as u64)
     }
 
     fn finish(self: Box<Self>) -> Result<Finished, WriteError> {
         Ok(Finished {
-            written: self.file.finish("csv")?,
+            written: self.file.finish(self.kind)?,
             notes: self.notes,
         })
     }

@@ -26,8 +26,8 @@ pub use alerts::{AlertKind, AlertMail, AlertStore, Failures, JobAlert, MailEnd, 
 pub use erasure::{ErasedEvent, Erasure, ErasureState, ErasureStore, Survey};
 pub use error::{StorageError, StorageResult};
 pub use events::{
-    Backlog, Change, EventRepository, Filter, Idempotency, Key, MAX_EXACT_TOTAL, Page, Position,
-    Receipt, Recording, Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View,
+    Backlog, Change, EventRepository, Filter, Idempotency, Imported, Key, MAX_EXACT_TOTAL, Page,
+    Position, Receipt, Recording, Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View,
 };
 pub use exports::{
     ClaimedDelivery, DeliveryOutcome, DeliveryState, Export, ExportAction, ExportDeed,

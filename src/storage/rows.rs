@@ -200,6 +200,46 @@ pub(super) fn slice<R: Columns>(rows: &[R], limit: u32) -> Slice {
     }
 }
 
+/// A page that is read row by row, so that the database goes on meanwhile; like [`slice`].
+pub(super) struct Slicing {
+    limit: usize,
+    rows: usize,
+    events: Vec<ContactEvent>,
+    last: Option<Key>,
+}
+
+impl Slicing {
+    pub(super) fn new(limit: u32) -> Self {
+        let limit = limit as usize;
+        Self {
+            limit,
+            rows: 0,
+            events: Vec::with_capacity(limit),
+            last: None,
+        }
+    }
+
+    pub(super) fn push<R: Columns>(&mut self, row: &R) {
+        self.rows += 1;
+        if self.rows > self.limit {
+            return;
+        }
+        if let Some(event) = readable(row, event(row)) {
+            self.last = Some(Key::from(&event));
+            self.events.push(event);
+        } else {
+            self.last = key(row).ok().or(self.last);
+        }
+    }
+
+    pub(super) fn end(self) -> Slice {
+        Slice {
+            next: self.last.filter(|_| self.rows > self.limit),
+            events: self.events,
+        }
+    }
+}
+
 fn key<R: Columns>(row: &R) -> StorageResult<Key> {
     let row = Reader {
         row,

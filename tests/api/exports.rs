@@ -102,6 +102,30 @@ on_both_engines! {
         assert_calm(&daemon);
     }
 
+    async fn a_file_of_any_format_is_taken_under_its_own_name_and_type(db) {
+        let daemon = daemon(db).await;
+        let token = agent("acme");
+        record(&daemon, contact(1), json!({ "title": "shown", "visible_to_client": true })).await;
+        for (format, media_type) in [
+            ("csv.gz", "application/gzip"),
+            ("csv.zst", "application/zstd"),
+            ("jsonl", "application/x-ndjson"),
+            ("jsonl.gz", "application/gzip"),
+            ("jsonl.zst", "application/zstd"),
+            ("xlsx", "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet"),
+        ] {
+            let done = export(&daemon, &token, &json!({ "format": format })).await;
+            assert_eq!((&done["state"], &done["format"]), (&json!("done"), &json!(format)));
+            let answer = get(&daemon, done["file"].as_str().unwrap(), &token).await;
+            assert_eq!(answer.status, 200);
+            assert_eq!(answer.header("content-type"), media_type);
+            let name = format!("attachment; filename=\"timeline-{}.{format}\"", id_of(&done));
+            assert_eq!(answer.header("content-disposition"), name);
+            assert_eq!(answer.header("content-length"), done["bytes"].to_string());
+        }
+        assert_calm(&daemon);
+    }
+
     async fn an_export_keeps_to_its_audience_categories_period_and_redaction(db) {
         let daemon = daemon(db).await;
         let titled = |title: &str, category: &str, at: &str, client: bool, agent: bool| json!({

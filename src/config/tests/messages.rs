@@ -405,8 +405,8 @@ fn wrong_exports_are_told_by_their_names() {
             "8:12: jobs.x.audience: \"agents\" is unknown; \"client\", \"agent\" or \"audit\"; did you mean \"agent\"?",
         ),
         (
-            export(&format!("{all}format = \"doc\"")),
-            "8:10: jobs.x.format: \"doc\" is unknown; \"csv\" or \"pdf\"",
+            export(&format!("{all}format = \"json\"")),
+            "8:10: jobs.x.format: \"json\" is unknown; \"csv\", \"csv.gz\", \"csv.zst\", \"pdf\", \"jsonl\", \"jsonl.gz\", \"jsonl.zst\" or \"xlsx\"; did you mean \"jsonl\"?",
         ),
         (
             format!(

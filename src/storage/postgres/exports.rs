@@ -4,12 +4,12 @@ use std::collections::{HashMap, HashSet};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
+use futures_util::TryStreamExt as _;
 use sqlx::Row;
 use sqlx::postgres::{PgConnection, PgRow};
 use uuid::Uuid;
 
-use super::events::event_columns;
-use super::{PgStorage, set};
+use super::{PgStorage, Placed, set};
 use crate::domain::{Audience, Category, ContactId, ExportId, Subject, TenantId};
 use crate::storage::events::{Filter, Key, Slice, View, bounds, last_key};
 use crate::storage::exports::{
@@ -25,6 +25,17 @@ macro_rules! export_columns {
          requested_by, created_at, through_seq, state, attempt, started_at, rendered_at, finished_at, \
          expires_at, total_rows, rows, bytes, sha256, file_name, error, \
          downloads, last_download_at"
+    };
+}
+
+/// Those of an event, but for when its delivery expired: that of an event which has not expired has not,
+/// and to look for it would cost as much as to look for the delivery.
+macro_rules! row_columns {
+    () => {
+        "e.id, e.tenant_id, e.contact_id, e.session_id, e.event_type, e.category, e.priority, e.source, \
+         e.title, e.description, e.payload::text as payload, e.metadata::text as metadata, e.triggered_by, \
+         e.integration_source, e.is_realtime, e.delivered_at, null::timestamptz as delivery_expired_at, e.read_at, \
+         e.visible_to_client, e.visible_to_agent, e.expires_at, e.occurred_at, e.created_at"
     };
 }
 
@@ -730,9 +741,9 @@ impl ExportStore for PgStorage {
         let (key, _) = last_key(page);
         // One lower bound for the index: `since` counts until the first key is beyond it.
         let key = key.max((since, Uuid::nil()));
-        let found = sqlx::query(concat!(
+        let mut found = sqlx::query(concat!(
             "select ",
-            event_columns!(),
+            row_columns!(),
             " from timeline_events e
              where e.tenant_id = $1 and e.contact_id = $2
                and (e.occurred_at, e.id) > ($3, $4)
@@ -754,9 +765,12 @@ impl ExportStore for PgStorage {
         .bind(now)
         .bind(export.through_seq)
         .bind(i64::from(limit) + 1)
-        .fetch_all(&self.worker)
-        .await?;
-        Ok(rows::slice(&found, limit))
+        .fetch(&self.worker);
+        let mut slicing = rows::Slicing::new(limit);
+        while let Some(row) = found.try_next().await? {
+            slicing.push(&Placed::new(&row));
+        }
+        Ok(slicing.end())
     }
 
     async fn count_rows(&self, export: &Export, now: DateTime<Utc>) -> StorageResult<u64> {
