@@ -11,7 +11,8 @@ test: tools ## every test, on SQLite and on PostgreSQL
 	$(CARGO) test --locked
 
 soak: tools ## the long forms: more kills, larger tables
-	SOAK=1 $(CARGO) test --locked --test durability --test mail
+	SOAK=1 $(CARGO) test --locked --test durability
+	SOAK=1 $(CARGO) test --locked --test mail
 	SOAK=1 $(CARGO) test --locked --test jobs installation
 
 bench: tools ## our figures beside their references; ONLY=purge for one section, QUICK=1 for a try

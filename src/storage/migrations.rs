@@ -47,9 +47,9 @@ macro_rules! migrations {
                 include_str!(concat!("../../migrations/", $engine, "/0007_erasures.sql")),
             ),
             (
-                9,
+                8,
                 "links",
-                include_str!(concat!("../../migrations/", $engine, "/0009_links.sql")),
+                include_str!(concat!("../../migrations/", $engine, "/0008_links.sql")),
             ),
         ]
     };
