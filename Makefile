@@ -12,6 +12,7 @@ test: tools ## every test, on SQLite and on PostgreSQL
 
 soak: tools ## the long forms: more kills, larger tables
 	SOAK=1 $(CARGO) test --locked --test durability
+	SOAK=1 $(CARGO) test --locked --test mail
 	SOAK=1 $(CARGO) test --locked --test jobs installation
 
 bench: tools ## our figures beside their references; ONLY=purge for one section, QUICK=1 for a try

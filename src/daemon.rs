@@ -179,7 +179,7 @@ impl Daemon {
             storage.exports.clone(),
             mailer.clone(),
             clock.clone(),
-            export_settings(&config, address, daemon),
+            export_settings(&config, address, daemon)?,
             export_wake.clone(),
         );
         tracker.spawn(exporter.run(stop.clone(), abort.clone()));
@@ -266,6 +266,7 @@ impl Daemon {
             exports: ExportsApi {
                 exports: storage.exports.clone(),
                 directory: config.export.directory.clone(),
+                allowed_domains: Arc::new(config.mail.allowed_domains.clone()),
                 clock: clock.clone(),
                 wake: export_wake,
             },
@@ -645,18 +646,41 @@ fn batch_time(storage: &Storage) -> BatchTime {
     }
 }
 
-/// What the export worker needs of the configuration.
-#[must_use]
-pub fn export_settings(config: &Config, bound: SocketAddr, worker: Uuid) -> export::Settings {
-    export::Settings {
+/// What the export worker needs of the configuration, with the key that links are derived from.
+///
+/// # Errors
+/// Where the key cannot be made or read.
+pub fn export_settings(
+    config: &Config,
+    bound: SocketAddr,
+    worker: Uuid,
+) -> anyhow::Result<export::Settings> {
+    // A command on PostgreSQL may be the first to write there.
+    make_private_directory(&config.state_directory)?;
+    let key = own_key(&config.state_directory, &LINK_KEY)?;
+    let key = <[u8; 32]>::try_from(key.as_slice()).with_context(|| {
+        format!(
+            "{} is damaged; remove it, and a new one is made",
+            LINK_KEY.file
+        )
+    })?;
+    Ok(export::Settings {
         directory: config.export.directory.clone(),
         keep: config.export.keep,
+        paper: export::Paper {
+            fonts: config.export.fonts.clone(),
+            locale: config.export.locale,
+            max_events: config.export.pdf_max_events,
+            colour: config.export.branding.colour,
+            footer: config.export.branding.footer.clone(),
+        },
         public_url: config.http.link_base(bound),
+        link_key: export::LinkKey::new(key),
         worker,
         from: config.mail.from.clone(),
         max_attachment: config.mail.max_attachment,
         uncertain: config.mail.uncertain,
-    }
+    })
 }
 
 fn delivery_batch(jobs: &[JobDefinition]) -> Option<u32> {
@@ -712,36 +736,58 @@ fn touch(path: &Path) -> anyhow::Result<()> {
 /// Where the key cannot be made or read.
 pub fn access(config: &Config) -> anyhow::Result<Access> {
     let own_key = match &config.auth.verifier {
-        crate::config::Verifier::Hs256(None) => own_key(&config.state_directory)?,
+        crate::config::Verifier::Hs256(None) => own_key(&config.state_directory, &TOKEN_KEY)?,
         _ => Vec::new(),
     };
     Ok(Access::new(&config.auth, &own_key)?)
 }
 
-/// The key that the daemon made at its first start: 32 random bytes, readable by its user alone.
-fn own_key(directory: &Path) -> anyhow::Result<Vec<u8>> {
-    let path = directory.join("hs256.key");
-    let cannot = |what: &str| format!("cannot {what} the key for tokens, {}", path.display());
+/// A key of the state directory.
+struct OwnKey {
+    file: &'static str,
+    /// What it is for.
+    purpose: &'static str,
+    /// What becomes of things without it.
+    loss: &'static str,
+}
+
+const TOKEN_KEY: OwnKey = OwnKey {
+    file: "hs256.key",
+    purpose: "tokens",
+    loss: "tokens made with the old one end",
+};
+const LINK_KEY: OwnKey = OwnKey {
+    file: "link.key",
+    purpose: "links",
+    loss: "links that were mailed stay good",
+};
+
+/// A key that is made when it is first needed: 32 random bytes, readable by the daemon's user alone.
+fn own_key(directory: &Path, key: &OwnKey) -> anyhow::Result<Vec<u8>> {
+    let path = directory.join(key.file);
+    let purpose = key.purpose;
+    let cannot = |what: &str| format!("cannot {what} the key for {purpose}, {}", path.display());
     match OpenOptions::new().read(true).open(&path) {
         Ok(mut file) => {
             let mut text = String::new();
             file.read_to_string(&mut text)
                 .with_context(|| cannot("read"))?;
-            let key = base64::engine::general_purpose::STANDARD.decode(text.trim());
-            match key {
-                Ok(key) if key.len() >= 32 => Ok(key),
+            let decoded = base64::engine::general_purpose::STANDARD.decode(text.trim());
+            match decoded {
+                Ok(bytes) if bytes.len() >= 32 => Ok(bytes),
                 _ => bail!(
-                    "{} is damaged; remove it, and a new one is made (tokens made with the old one end)",
-                    path.display()
+                    "{} is damaged; remove it, and a new one is made ({})",
+                    path.display(),
+                    key.loss
                 ),
             }
         }
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            let key: [u8; 32] = rand::random();
-            let text = base64::engine::general_purpose::STANDARD.encode(key);
+            let bytes: [u8; 32] = rand::random();
+            let text = base64::engine::general_purpose::STANDARD.encode(bytes);
             // Written beside and linked into place, so that a reader never sees half of it, and of
             // two processes that make one the first wins.
-            let part = directory.join(format!("hs256.key.{}", Uuid::from_bytes(rand::random())));
+            let part = directory.join(format!("{}.{}", key.file, Uuid::from_bytes(rand::random())));
             let mut file = OpenOptions::new()
                 .write(true)
                 .create_new(true)
@@ -754,8 +800,8 @@ fn own_key(directory: &Path) -> anyhow::Result<Vec<u8>> {
             let linked = std::fs::hard_link(&part, &path);
             std::fs::remove_file(&part).with_context(|| cannot("make"))?;
             match linked {
-                Ok(()) => Ok(key.to_vec()),
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => own_key(directory),
+                Ok(()) => Ok(bytes.to_vec()),
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => own_key(directory, key),
                 Err(error) => Err(error).with_context(|| cannot("make")),
             }
         }

@@ -22,6 +22,8 @@ mod configuration;
 mod demo;
 #[path = "cli/exporting.rs"]
 mod exporting;
+#[path = "cli/importing.rs"]
+mod importing;
 #[path = "cli/starting.rs"]
 mod starting;
 

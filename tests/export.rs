@@ -11,6 +11,7 @@
     reason = "a test that panics fails, and its numbers are small"
 )]
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -21,18 +22,19 @@ use chrono::{DateTime, TimeDelta, Utc};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use serde_json::json;
-use timelined::config::{self, Config};
+use timelined::config::{self, Config, ExportFormat, ExportJob, Selection, WhenEmpty};
 use timelined::domain::{
-    Audience, Category, ContactEvent, ContactId, ExportId, ManualClock, NewContactEvent, Source,
-    Subject, TenantId, event_types,
+    Audience, Category, ContactEvent, ContactId, ExportId, ManualClock, NewContactEvent, RunId,
+    Source, Subject, TenantId, event_types,
 };
-use timelined::export::{Exporter, Settings};
+use timelined::export::{Exporter, LinkKey, Settings, link_hash};
+use timelined::jobs::{Job as _, Report, RunContext, ScheduleExports};
 use timelined::mail::{Mailer, MailerError};
 use timelined::storage::sqlite::SqliteStorage;
 use timelined::storage::{
-    ClaimedDelivery, DeliveryOutcome, DeliveryState, Export, ExportRequest, ExportState,
-    ExportStore, Fence, Key, NewExport, OldFile, Recording, Rendered, Slice, Storage, StorageError,
-    StorageResult,
+    ClaimedDelivery, Counts, DeliveryOutcome, DeliveryState, Export, ExportRequest, ExportState,
+    ExportStore, Fence, Key, NewExport, NewMail, OldFile, Recording, Rendered, Slice, Storage,
+    StorageError, StorageResult,
 };
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinHandle;
@@ -243,6 +245,54 @@ async fn a_crash_between_a_files_end_and_its_row_forgets_no_file() {
 }
 
 #[tokio::test]
+async fn a_pdf_is_tagged_shows_ink_and_goes_by_mail() {
+    let home = Home::new("").await;
+    let old = "1926-03-02T09:00:00Z".parse().unwrap();
+    home.record(vec![
+        note().title("a century ago").occurred_at(old),
+        note().title("<b>Звонок</b>"),
+    ])
+    .await;
+    let id = home
+        .order_with(|request| {
+            request.format = "pdf".to_owned();
+            request.audience = Audience::Agent;
+            request.to = vec!["ana@example.com".to_owned()];
+        })
+        .await;
+    let worker = home.start();
+    let export = home.until(id, |e| e.state == ExportState::Done).await;
+    assert_eq!(export.rows, 2);
+    let file = home.file(&export);
+    assert!(file.extension().is_some_and(|end| end == "pdf"));
+    let text = output_of("pdftotext", &["-layout"], &file, &["-"]);
+    let text = String::from_utf8(text).unwrap();
+    let first = text.find("Tuesday, 2 March 1926").unwrap();
+    let second = text.find("<b>Звонок</b>").unwrap();
+    assert!(first < second, "{text}");
+    let tags = output_of("pdfinfo", &["-struct"], &file, &[]);
+    let tags = String::from_utf8(tags).unwrap();
+    for tag in ["H1", "H2", "Figure", "Table", "TH", "LBody"] {
+        assert!(tags.contains(tag), "{tag} is missing in {tags}");
+    }
+    for page in ["1", "2"] {
+        let options = ["-r", "30", "-gray", "-f", page, "-l", page];
+        let picture = output_of("pdftoppm", &options, &file, &[]);
+        let dark = picture.iter().filter(|pixel| **pixel < 128).count();
+        assert!(dark > 100, "page {page} has {dark} dark pixels");
+    }
+    worker.end().await;
+}
+
+fn output_of(program: &str, options: &[&str], file: &Path, rest: &[&str]) -> Vec<u8> {
+    let mut command = std::process::Command::new(program);
+    let output = command.args(options).arg(file).args(rest).output();
+    let output = output.expect("tests/support/install.sh installs poppler-utils");
+    assert!(output.status.success(), "{program}: {output:?}");
+    output.stdout
+}
+
+#[tokio::test]
 async fn an_unknown_format_or_field_fails_at_once() {
     let home = Home::new("").await;
     let format = home
@@ -397,6 +447,95 @@ async fn a_database_that_is_away_is_waited_for_without_spending_an_attempt() {
     let worker = home.start_on(store);
     let export = home.until(id, |e| e.state == ExportState::Done).await;
     assert_eq!((export.rows, export.attempt), (1500, 1));
+    worker.end().await;
+}
+
+// ---- on schedule ----
+
+#[tokio::test]
+async fn a_scheduled_export_follows_the_last_that_arrived_and_is_silent_where_nothing_happened() {
+    let home = Home::new("").await;
+    let quiet: ContactId = "0190b5f0-7c1e-7d3a-8f00-000000000002".parse().unwrap();
+    let hour = TimeDelta::hours(1);
+    let job = |when_empty| ScheduleExports {
+        name: "hourly".to_owned(),
+        settings: ExportJob {
+            tenant: tenant(),
+            selection: Selection::Contacts(vec![contact(), quiet]),
+            audience: Audience::Agent,
+            format: ExportFormat::Csv,
+            to: vec!["ana@example.com".parse().unwrap()],
+            period: Duration::from_hours(3),
+            when_empty,
+            attach: true,
+        },
+        exports: home.storage.exports.clone(),
+        clock: Arc::new(home.clock.clone()),
+        wake: home.wake.clone(),
+    };
+    let run = async |job: ScheduleExports| {
+        let context = RunContext {
+            run: RunId::generate(home.now()),
+            fence: None,
+            scheduled_at: home.now(),
+            stop: CancellationToken::new(),
+            report: Report::default(),
+        };
+        job.run(&context).await.unwrap();
+        context.report.take()
+    };
+    let newest = async || {
+        let seen = &[Audience::Agent];
+        let listed = home.storage.exports.list(&tenant(), seen, None, 1).await;
+        listed.unwrap().remove(0)
+    };
+    let counted = |counts: &Counts, name: &str| counts.get(name).copied().unwrap_or(0);
+
+    home.record(vec![note().occurred_at(home.now() - hour)])
+        .await;
+    let worker = home.start();
+    let counts = run(job(WhenEmpty::Skip)).await;
+    assert_eq!(
+        (counted(&counts, "exports"), counted(&counts, "empty")),
+        (1, 1)
+    );
+    let first = newest().await;
+    assert_eq!(first.request.since, Some(home.now() - hour * 3));
+    home.until(first.id, |e| e.state == ExportState::Done).await;
+    let counts = run(job(WhenEmpty::Skip)).await;
+    assert_eq!(
+        (counted(&counts, "exports"), counted(&counts, "repeated")),
+        (0, 1)
+    );
+
+    home.advance(hour * 5);
+    assert_eq!(counted(&run(job(WhenEmpty::Skip)).await, "empty"), 2);
+    assert_eq!(newest().await.id, first.id, "nothing new, nothing sent");
+    home.record(vec![note().occurred_at(home.now() - hour * 4)])
+        .await;
+    let counts = run(job(WhenEmpty::Note)).await;
+    assert_eq!(
+        (counted(&counts, "exports"), counted(&counts, "empty")),
+        (2, 0)
+    );
+    let listed = home
+        .storage
+        .exports
+        .list(&tenant(), &[Audience::Agent], None, 2)
+        .await;
+    for export in listed.unwrap() {
+        let (since, rows) = if export.request.contact_id == quiet {
+            (home.now() - hour * 3, 0)
+        } else {
+            // Farther back than the period, since none has arrived in between.
+            (first.request.until.unwrap(), 1)
+        };
+        assert_eq!(export.request.since, Some(since));
+        let done = home
+            .until(export.id, |e| e.state == ExportState::Done)
+            .await;
+        assert_eq!(done.rows, rows);
+    }
     worker.end().await;
 }
 
@@ -608,8 +747,7 @@ async fn a_552_sends_the_mail_without_the_file() {
         assert_eq!(attachment(&mail.content), None);
         let text = mail.words();
         assert!(text.contains("the mail server does not take its"), "{text}");
-        let url = format!("https://crm.example.com/api/v1/exports/{}/file", export.id);
-        assert!(text.contains(&url), "{text}");
+        assert_eq!(home.behind(&link_in(&text)).await, Some(export.id));
     }
 }
 
@@ -649,6 +787,47 @@ async fn whoever_wants_a_link_gets_one() {
     let path = home.path().join("outbox").join(format!("{local}.eml"));
     let mail = std::fs::read_to_string(path).unwrap();
     assert_eq!(attachment(&mail), None);
+    assert_eq!(home.behind(&link_in(&mail)).await, Some(id));
+    let [link] = &home.export(id).await.links[..] else {
+        panic!("one mail, one link");
+    };
+    assert_eq!(link.message_id, export.deliveries[0].message_id);
+    assert_eq!(Some(link.expires_at), export.expires_at);
+    worker.end().await;
+}
+
+#[tokio::test]
+async fn a_mail_that_is_tried_again_carries_the_same_link_and_each_recipient_has_another() {
+    let server = Server::start(&["--script", "drop-after-data"]);
+    let home = Home::new(&server.config("none", false)).await;
+    let id = home
+        .order_with(|request| {
+            request.to = vec!["ana@example.com".to_owned(), "rui@example.com".to_owned()];
+            request.attach = false;
+        })
+        .await;
+    let worker = home.start();
+    home.until_state(id, DeliveryState::Uncertain).await;
+    home.advance(TimeDelta::minutes(1));
+    let all_sent = |e: &Export| e.deliveries.iter().all(|d| d.state == DeliveryState::Sent);
+    home.until(id, all_sent).await;
+    let mails = server.mails();
+    assert_eq!(mails.len(), 3);
+    let mut links: Vec<_> = mails
+        .iter()
+        .map(|mail| (mail.message_id(), link_in(&mail.words())))
+        .collect();
+    links.sort();
+    links.dedup();
+    assert_eq!(links.len(), 2, "{links:?}");
+    assert_eq!(home.export(id).await.links.len(), 2);
+    for (_, link) in links {
+        assert_eq!(home.behind(&link).await, Some(id));
+    }
+    home.advance(TimeDelta::days(7));
+    for mail in mails {
+        assert_eq!(home.behind(&link_in(&mail.words())).await, None, "expired");
+    }
     worker.end().await;
 }
 
@@ -956,6 +1135,13 @@ impl Home {
             .await
     }
 
+    /// The export that a link leads to now.
+    async fn behind(&self, link: &str) -> Option<ExportId> {
+        let hash = link_hash(link).expect("it is a link");
+        let found = self.storage.exports.linked(&hash, self.now()).await;
+        found.unwrap().map(|export| export.id)
+    }
+
     fn advance(&self, by: TimeDelta) {
         self.clock.advance(by);
         self.wake.notify_one();
@@ -988,7 +1174,9 @@ impl Home {
         let settings = Settings {
             directory: self.config.export.directory.clone(),
             keep: self.config.export.keep,
+            paper: timelined::export::Paper::default(),
             public_url: "https://crm.example.com".to_owned(),
+            link_key: LinkKey::new([7; 32]),
             worker: id,
             from: self.config.mail.from.clone(),
             max_attachment: self.config.mail.max_attachment,
@@ -1193,6 +1381,60 @@ impl ExportStore for Hooked {
             .await
     }
 
+    async fn add_link(
+        &self,
+        claimed: &ClaimedDelivery,
+        hash: &str,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        self.inner.add_link(claimed, hash, now).await
+    }
+
+    async fn linked(&self, hash: &str, now: DateTime<Utc>) -> StorageResult<Option<Export>> {
+        self.inner.linked(hash, now).await
+    }
+
+    async fn downloaded(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        link: Option<&str>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        self.inner.downloaded(tenant, id, link, now).await
+    }
+
+    async fn cancel(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        self.inner.cancel(tenant, id, by, now).await
+    }
+
+    async fn resend(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        mails: &[NewMail],
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        self.inner.resend(tenant, id, mails, by, now).await
+    }
+
+    async fn discard(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        self.inner.discard(tenant, id, by, now).await
+    }
+
     async fn release(&self, worker: Uuid) -> StorageResult<()> {
         self.inner.release(worker).await
     }
@@ -1221,6 +1463,28 @@ impl ExportStore for Hooked {
         self.inner.count_rows(export, now).await
     }
 
+    async fn last_ends(
+        &self,
+        tenant: &TenantId,
+        by: &Subject,
+        contacts: &[ContactId],
+    ) -> StorageResult<HashMap<ContactId, DateTime<Utc>>> {
+        self.inner.last_ends(tenant, by, contacts).await
+    }
+
+    async fn with_news(
+        &self,
+        tenant: &TenantId,
+        audience: Audience,
+        contacts: &[(ContactId, DateTime<Utc>)],
+        until: DateTime<Utc>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Vec<ContactId>> {
+        self.inner
+            .with_news(tenant, audience, contacts, until, now)
+            .await
+    }
+
     async fn active_contacts(
         &self,
         tenant: &TenantId,
@@ -1235,7 +1499,13 @@ impl ExportStore for Hooked {
     }
 }
 
-fn parse(bytes: &[u8]) -> Vec<std::collections::HashMap<String, String>> {
+/// The link that a mail carries.
+fn link_in(mail: &str) -> String {
+    let (_, rest) = mail.split_once("https://crm.example.com/d/").unwrap();
+    rest.chars().take(22).collect()
+}
+
+fn parse(bytes: &[u8]) -> Vec<HashMap<String, String>> {
     let text = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap();
     csv::Reader::from_reader(text)
         .deserialize()

@@ -16,8 +16,8 @@
 mod support;
 
 mod creates;
-mod csv;
 mod delivery;
+mod export;
 mod idle;
 mod lateness;
 mod load;
@@ -161,8 +161,8 @@ async fn main() {
     if is_wanted("purge") {
         purge::run().await;
     }
-    if is_wanted("csv") {
-        csv::run().await;
+    if is_wanted("export") {
+        export::run().await;
     }
     if is_wanted("lateness") {
         lateness::run().await;

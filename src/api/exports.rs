@@ -1,5 +1,5 @@
-//! The routes of exports: ask for one, see how it is, take the file. They only add rows and wake
-//! the worker.
+//! The routes of exports: ask for one, see how it is, take the file, end it, mail it anew, take its
+//! file away. They only change rows and wake the worker.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -9,24 +9,29 @@ use axum::Json as JsonBody;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value, json};
 use tokio::sync::Notify;
 
-use super::extract::{Id, Json, Params, STAFF, reader};
+use super::extract::{Id, Json, OptionalJson, Params, STAFF, reader};
 use super::problem::Problem;
-use crate::access::{Identity, Role};
+use crate::access::{Identity, Reader, Role};
+use crate::config::AllowedDomains;
 use crate::domain::{
-    Audience, Category, Clock, ContactId, ExportId, Fault, format_time, parse_time,
+    Audience, Category, Clock, ContactId, ExportId, Fault, TenantId, format_time, parse_time,
 };
-use crate::export::{Format, REDACTABLE, file_path, message_ids};
-use crate::storage::{Export, ExportRequest, ExportState, ExportStore, NewExport};
+use crate::export::{FileKind, Format, REDACTABLE, file_path, message_ids};
+use crate::storage::{
+    Export, ExportRequest, ExportState, ExportStore, NewExport, NewMail, OldFile,
+};
 
 /// Recipients of one export.
 const MAX_RECIPIENTS: usize = 50;
+/// Mails of one export, with those that were sent anew.
+const MAX_MAILS: usize = 1000;
 
 /// What the routes need.
 #[derive(Clone)]
@@ -35,6 +40,8 @@ pub struct ExportsApi {
     pub exports: Arc<dyn ExportStore>,
     /// Where the files lie.
     pub directory: PathBuf,
+    /// To whom they may be mailed.
+    pub allowed_domains: Arc<AllowedDomains>,
     /// This machine's clock.
     pub clock: Arc<dyn Clock>,
     /// Wakes the worker.
@@ -45,8 +52,10 @@ pub(super) fn routes(api: ExportsApi) -> Router {
     Router::new()
         .route("/contacts/{contact_id}/exports", post(create))
         .route("/exports", get(list))
-        .route("/exports/{id}", get(one))
+        .route("/exports/{id}", get(one).delete(discard))
         .route("/exports/{id}/file", get(file))
+        .route("/exports/{id}/cancel", post(cancel))
+        .route("/exports/{id}/resend", post(resend))
         .with_state(api)
 }
 
@@ -60,7 +69,7 @@ async fn create(
     let role = identity.role();
     let reader = reader(identity, STAFF)?;
     params.finish()?;
-    let request = parse(&body, contact_id, role).map_err(Problem::invalid)?;
+    let request = parse(&api, &body, contact_id, role, &reader.tenant).map_err(Problem::invalid)?;
     let now = api.clock.now();
     let id = ExportId::generate(now);
     let export = NewExport {
@@ -83,7 +92,13 @@ fn href(id: ExportId) -> String {
 }
 
 /// Reads the body of an export; every fault at once.
-fn parse(body: &Value, contact_id: ContactId, role: Role) -> Result<ExportRequest, Vec<Fault>> {
+fn parse(
+    api: &ExportsApi,
+    body: &Value,
+    contact_id: ContactId,
+    role: Role,
+    tenant: &TenantId,
+) -> Result<ExportRequest, Vec<Fault>> {
     let Value::Object(body) = body else {
         return Err(vec![fault("", "must be a JSON object")]);
     };
@@ -123,20 +138,7 @@ fn parse(body: &Value, contact_id: ContactId, role: Role) -> Result<ExportReques
                 .push(fault(&format!("/redact/{index}"), &detail));
         }
     }
-    let mut to: Vec<String> = Vec::new();
-    for address in fields.all_parsed::<lettre::Address>("to") {
-        let address = address.to_string();
-        // One message per recipient, however often it is named.
-        if !to.iter().any(|known| known.eq_ignore_ascii_case(&address)) {
-            to.push(address);
-        }
-    }
-    if to.len() > MAX_RECIPIENTS {
-        fields.faults.push(fault(
-            "/to",
-            &format!("names more than {MAX_RECIPIENTS} recipients"),
-        ));
-    }
+    let to = fields.recipients(&api.allowed_domains, tenant);
     let attach = fields.flag("attach").unwrap_or(true);
     fields.refuse_unknown();
     match format {
@@ -205,6 +207,28 @@ impl Fields<'_> {
             }
         }
         parsed
+    }
+
+    fn recipients(&mut self, domains: &AllowedDomains, tenant: &TenantId) -> Vec<String> {
+        let mut to: Vec<String> = Vec::new();
+        for (index, address) in self.all_parsed::<lettre::Address>("to").iter().enumerate() {
+            if !domains.allow(tenant, address) {
+                let detail = "is at a domain that mail may not be sent to (mail.allowed_domains)";
+                self.wrong(&format!("to/{index}"), detail);
+            }
+            let address = address.to_string();
+            // One message per recipient, however often it is named.
+            if !to.iter().any(|known| known.eq_ignore_ascii_case(&address)) {
+                to.push(address);
+            }
+        }
+        if to.len() > MAX_RECIPIENTS {
+            self.wrong(
+                "to",
+                &format!("names more than {MAX_RECIPIENTS} recipients"),
+            );
+        }
+        to
     }
 
     fn time(&mut self, field: &'static str) -> Option<DateTime<Utc>> {
@@ -296,6 +320,11 @@ async fn one(
     Ok(JsonBody(show(&find(&api, identity, id).await?)).into_response())
 }
 
+/// A file that was taken away lies there until the worker comes by.
+fn has_file(export: &Export) -> bool {
+    export.file_name.is_some() && export.state != ExportState::Expired
+}
+
 /// An export as clients see it.
 fn show(export: &Export) -> Value {
     let time = |at: Option<DateTime<Utc>>| at.map(format_time);
@@ -324,23 +353,41 @@ fn show(export: &Export) -> Value {
         "rows": export.rendered_at.map(|_| export.rows),
         "bytes": export.bytes,
         "sha256": export.sha256,
-        "file": export.file_name.as_ref().map(|_| format!("{}/file", href(export.id))),
+        "file": has_file(export).then(|| format!("{}/file", href(export.id))),
         "error": export.error,
+        "downloads": export.downloads,
+        "last_download_at": time(export.last_download_at),
         "deliveries": export.deliveries,
+        "links": export.links,
+        "actions": export.actions,
     })
 }
 
 async fn file(
     State(api): State<ExportsApi>,
+    method: Method,
     identity: Identity,
     Id(id): Id<ExportId>,
     params: Params,
 ) -> Result<Response, Problem> {
     params.finish()?;
     let export = find(&api, identity, id).await?;
+    send_file(&api, &export, None, &method).await
+}
+
+/// The file of an export, for whoever may have it. Fetching it is counted, by the link with that hash
+/// if by one; asking for the head only is not.
+pub(super) async fn send_file(
+    api: &ExportsApi,
+    export: &Export,
+    link: Option<&str>,
+    method: &Method,
+) -> Result<Response, Problem> {
+    let id = export.id;
     let Some(name) = &export.file_name else {
         return Err(match export.state {
             ExportState::Expired => Problem::gone("the file has expired and was deleted"),
+            ExportState::Cancelled => Problem::gone("the export was cancelled"),
             state => Problem::conflict(
                 "not-rendered",
                 "Not rendered",
@@ -366,13 +413,21 @@ async fn file(
         tracing::error!(export.id = %id, %error, "the file of an export cannot be opened");
         Problem::internal()
     })?;
-    let format =
-        Format::from_str(&export.request.format).map_err(|_unknown| Problem::internal())?;
+    if method != Method::HEAD {
+        let now = api.clock.now();
+        api.exports
+            .downloaded(&export.tenant_id, id, link, now)
+            .await?;
+    }
+    let kind = FileKind::of(name);
     let headers = [
-        (header::CONTENT_TYPE, format.media_type().to_owned()),
+        (header::CONTENT_TYPE, kind.media_type().to_owned()),
         (
             header::CONTENT_DISPOSITION,
-            format!("attachment; filename=\"timeline-{id}.{format}\""),
+            format!(
+                "attachment; filename=\"timeline-{id}.{}\"",
+                kind.extension()
+            ),
         ),
         (
             header::CONTENT_LENGTH,
@@ -385,4 +440,175 @@ async fn file(
         Body::from_stream(tokio_util::io::ReaderStream::new(file)),
     )
         .into_response())
+}
+
+/// An export that somebody wants to change, and who that is.
+async fn of_reader(
+    api: &ExportsApi,
+    identity: Identity,
+    id: ExportId,
+) -> Result<(Export, Reader), Problem> {
+    let by = reader(identity.clone(), STAFF)?;
+    Ok((find(api, identity, id).await?, by))
+}
+
+/// Ends an export of which nothing has been sent; a repeat changes nothing.
+async fn cancel(
+    State(api): State<ExportsApi>,
+    identity: Identity,
+    Id(id): Id<ExportId>,
+    params: Params,
+) -> Result<Response, Problem> {
+    let (export, by) = of_reader(&api, identity.clone(), id).await?;
+    params.finish()?;
+    if export.state != ExportState::Cancelled {
+        let cancelled = api
+            .exports
+            .cancel(&by.tenant, id, &by.subject, api.clock.now());
+        if !cancelled.await? {
+            let state = find(&api, identity, id).await?.state;
+            return Err(Problem::conflict(
+                "not-cancellable",
+                "Cannot be cancelled",
+                format!(
+                    "the export is {state}; one that is queued or running can be cancelled, and \
+                     DELETE takes away file, links and mails that wait"
+                ),
+            ));
+        }
+        tracing::info!(export.id = %id, tenant.id = %by.tenant, "an export was cancelled");
+        remove_file(&api, &export).await?;
+        api.wake.notify_one();
+    }
+    Ok(JsonBody(show(&find(&api, identity, id).await?)).into_response())
+}
+
+/// Mails a file that is there anew: to those who had it, or to those in the body.
+async fn resend(
+    State(api): State<ExportsApi>,
+    identity: Identity,
+    Id(id): Id<ExportId>,
+    params: Params,
+    OptionalJson(body): OptionalJson,
+) -> Result<Response, Problem> {
+    let (export, by) = of_reader(&api, identity.clone(), id).await?;
+    params.finish()?;
+    let to = match body {
+        None => Vec::new(),
+        Some(body) => parse_recipients(&api, &body, &by.tenant).map_err(Problem::invalid)?,
+    };
+    let to = if to.is_empty() { export.request.to } else { to };
+    if to.is_empty() {
+        let detail = "is required, since the export was mailed to nobody";
+        return Err(Problem::invalid(vec![fault("/to", detail)]));
+    }
+    let conflict =
+        |detail: String| Problem::conflict("not-resendable", "Cannot be mailed anew", detail);
+    if export.deliveries.len() + to.len() > MAX_MAILS {
+        let detail = format!("an export has at most {MAX_MAILS} mails");
+        return Err(conflict(detail));
+    }
+    let now = api.clock.now();
+    let ids = message_ids(ExportId::generate(now), to.len());
+    let mails: Vec<NewMail> = to
+        .into_iter()
+        .zip(ids)
+        .map(|(to, message_id)| NewMail { to, message_id })
+        .collect();
+    let resent = api.exports.resend(&by.tenant, id, &mails, &by.subject, now);
+    if !resent.await? {
+        let export = find(&api, identity, id).await?;
+        return Err(conflict(match export.state {
+            ExportState::Queued | ExportState::Running => {
+                format!(
+                    "the export is {}, and its mails are still to go out",
+                    export.state
+                )
+            }
+            state => format!("the export is {state}, and there is no file to send"),
+        }));
+    }
+    tracing::info!(
+        export.id = %id, tenant.id = %by.tenant, mails = mails.len(), "an export is mailed anew"
+    );
+    api.wake.notify_one();
+    let export = find(&api, identity, id).await?;
+    Ok((StatusCode::ACCEPTED, JsonBody(show(&export))).into_response())
+}
+
+/// Takes away the file, the links to it and what is still to be mailed of it; a repeat changes nothing.
+async fn discard(
+    State(api): State<ExportsApi>,
+    identity: Identity,
+    Id(id): Id<ExportId>,
+    params: Params,
+) -> Result<Response, Problem> {
+    let (export, by) = of_reader(&api, identity.clone(), id).await?;
+    params.finish()?;
+    // Of one without a file nothing is left to be taken away, but mails that wait for it to come back.
+    if has_file(&export) || export.state != ExportState::Expired {
+        let discarded = api
+            .exports
+            .discard(&by.tenant, id, &by.subject, api.clock.now());
+        if !discarded.await? {
+            let state = find(&api, identity, id).await?.state;
+            return Err(Problem::conflict(
+                "not-ended",
+                "Not ended",
+                format!("the export is {state}; cancel it first"),
+            ));
+        }
+        tracing::info!(export.id = %id, tenant.id = %by.tenant, "the file of an export was taken away");
+        remove_file(&api, &export).await?;
+    }
+    Ok(StatusCode::NO_CONTENT.into_response())
+}
+
+/// Removes the file of an export that is over, if it lies here. Otherwise, and where that fails, the
+/// worker that looks after expired files sees to it.
+async fn remove_file(api: &ExportsApi, export: &Export) -> Result<(), Problem> {
+    let Some(name) = &export.file_name else {
+        return Ok(());
+    };
+    let Some(path) = file_path(&api.directory, name) else {
+        return Ok(());
+    };
+    match tokio::fs::remove_file(path).await {
+        Ok(()) => {
+            let file = OldFile {
+                tenant: export.tenant_id.as_str().to_owned(),
+                export: export.id.uuid(),
+                name: name.clone(),
+            };
+            api.exports.expire(&[file]).await?;
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => {
+            tracing::warn!(export.id = %export.id, %error, "the file of an export could not be deleted so far");
+        }
+    }
+    Ok(())
+}
+
+/// Reads the body of a resend: `{"to":[…]}`.
+fn parse_recipients(
+    api: &ExportsApi,
+    body: &Value,
+    tenant: &TenantId,
+) -> Result<Vec<String>, Vec<Fault>> {
+    let Value::Object(body) = body else {
+        return Err(vec![fault("", "must be a JSON object")]);
+    };
+    let mut fields = Fields {
+        body,
+        known: Vec::new(),
+        faults: Vec::new(),
+    };
+    let to = fields.recipients(&api.allowed_domains, tenant);
+    fields.refuse_unknown();
+    if fields.faults.is_empty() {
+        Ok(to)
+    } else {
+        Err(fields.faults)
+    }
 }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use axum::Extension;
-use axum::body::Bytes;
+use axum::body::{Body, Bytes};
 use axum::extract::{FromRequest, FromRequestParts, Path, RawQuery, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode, header};
@@ -141,22 +141,47 @@ impl<S: Send + Sync> FromRequest<S> for Json {
         if !is_json {
             return Err(Problem::unsupported_media_type());
         }
-        let body = Bytes::from_request(request, state)
-            .await
-            .map_err(|rejection| {
-                use axum::response::IntoResponse as _;
-                let text = rejection.body_text();
-                if rejection.into_response().status() == StatusCode::PAYLOAD_TOO_LARGE {
-                    Problem::too_large(format!("a body is at most {} bytes", super::MAX_BODY))
-                } else {
-                    Problem::bad_request(text)
-                }
-            })?;
+        let body = whole_body(request, state).await?;
         // serde_json refuses more than 128 levels, lone surrogates and numbers beyond f64.
         serde_json::from_slice(&body)
             .map(Self)
             .map_err(|error| Problem::bad_json(error.to_string()))
     }
+}
+
+/// A JSON body, or none.
+pub(super) struct OptionalJson(pub(super) Option<Value>);
+
+impl<S: Send + Sync> FromRequest<S> for OptionalJson {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let (head, body) = request.into_parts();
+        let (mut given, rest) = (Request::new(body), Request::from_parts(head, Body::empty()));
+        // The limit on bodies stands among the extensions.
+        *given.extensions_mut() = rest.extensions().clone();
+        let body = whole_body(given, state).await?;
+        if body.is_empty() {
+            return Ok(Self(None));
+        }
+        let request = rest.map(|_empty| Body::from(body));
+        let Json(body) = Json::from_request(request, state).await?;
+        Ok(Self(Some(body)))
+    }
+}
+
+async fn whole_body<S: Send + Sync>(request: Request, state: &S) -> Result<Bytes, Problem> {
+    Bytes::from_request(request, state)
+        .await
+        .map_err(|rejection| {
+            use axum::response::IntoResponse as _;
+            let text = rejection.body_text();
+            if rejection.into_response().status() == StatusCode::PAYLOAD_TOO_LARGE {
+                Problem::too_large(format!("a body is at most {} bytes", super::MAX_BODY))
+            } else {
+                Problem::bad_request(text)
+            }
+        })
 }
 
 /// The query parameters, taken one by one; what nobody took is refused with the right name.

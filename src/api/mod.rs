@@ -6,6 +6,7 @@ mod events;
 mod exports;
 mod extract;
 mod jobs;
+mod links;
 mod live;
 mod ops;
 mod problem;
@@ -61,12 +62,13 @@ pub struct Parts {
 pub fn router(parts: Parts) -> Router {
     let api = Router::new()
         .merge(events::routes(parts.timeline))
-        .merge(exports::routes(parts.exports))
+        .merge(exports::routes(parts.exports.clone()))
         .merge(jobs::routes(parts.jobs))
         .merge(retention::routes(parts.retention))
         .merge(live::routes(parts.live));
     Router::new()
         .nest("/api/v1", api)
+        .merge(links::routes(parts.exports))
         .merge(ops::routes(parts.ops))
         .fallback(|| async { Problem::no_route() })
         .method_not_allowed_fallback(|| async { Problem::method_not_allowed() })

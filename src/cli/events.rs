@@ -1,4 +1,4 @@
-//! `timelined events`: add, list, watch.
+//! `timelined events`: add, import, list, watch.
 
 use std::io::Read as _;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use tokio::sync::Notify;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::{Message, http::HeaderValue};
 
-use super::{Done, Failure, Global, access, clock, load, open, out, print};
+use super::{Done, Failure, Global, access, clock, import, load, open, out, print};
 use crate::access::Scope;
 use crate::config::Config;
 use crate::domain::{
@@ -32,6 +32,8 @@ use crate::timeline::{Created, Refusal, Repeatable, Timeline};
 pub(super) enum Command {
     /// Record an event.
     Add(Box<Add>),
+    /// Record events that were exported as JSON lines; a repeat is harmless.
+    Import(import::Options),
     /// A contact's timeline, newest first.
     List(List),
     /// Follow contacts: print each event as it comes, and acknowledge it.
@@ -137,6 +139,7 @@ pub(super) async fn run(global: &Global, command: &Command) -> Done {
     let storage = open(&config).await?;
     let done = match command {
         Command::Add(options) => add(global, options, &storage).await,
+        Command::Import(options) => import::run(global, options, &storage).await,
         Command::List(options) => list(global, options, &storage).await,
         Command::Watch(_) => Ok(()),
     };

@@ -70,6 +70,18 @@ pub(super) async fn run(global: &Global, options: &Options) -> Done {
         return Err(Failure::Usage("--no-attach is for --to".to_owned()));
     }
     let config = load(global)?.config;
+    let domains = &config.mail.allowed_domains;
+    if let Some(address) = options
+        .to
+        .iter()
+        .find(|to| !domains.allow(&options.tenant, to))
+    {
+        return Err(Failure::Usage(format!(
+            "--to {address}: {} is not among mail.allowed_domains for {}",
+            address.domain(),
+            options.tenant
+        )));
+    }
     let storage = open(&config).await?;
     let now = clock().now();
     let id = ExportId::generate(now);
@@ -108,7 +120,7 @@ async fn serve(
 ) -> Result<Export, Failure> {
     let mailer = Mailer::new(&config.mail).context("cannot set up mail")?;
     let worker = id.uuid();
-    let settings = export_settings(config, config.http.listen, worker);
+    let settings = export_settings(config, config.http.listen, worker)?;
     let exporter = Exporter::new(
         storage.exports.clone(),
         Arc::new(mailer),

@@ -7,6 +7,7 @@ mod doctor;
 mod events;
 mod export;
 mod holds;
+mod import;
 mod jobs;
 mod purge;
 mod run;
@@ -72,7 +73,7 @@ enum Command {
     /// Look at jobs and run them.
     #[command(subcommand)]
     Jobs(jobs::Command),
-    /// Record, list and watch events.
+    /// Record, import, list and watch events.
     #[command(subcommand)]
     Events(events::Command),
     /// Delete now what the purge job would delete.

@@ -9,6 +9,7 @@ use chrono_tz::Tz;
 use lettre::Address;
 
 use super::error::{Problem, nearest};
+use super::mail::AllowedDomains;
 use super::reader::Section;
 use super::rules::{Rule, choice, duration, flag, list, named, number, parsed, short, text};
 use crate::domain::{Audience, Category, ContactId, TenantId};
@@ -136,10 +137,22 @@ pub struct ExportJob {
     pub format: ExportFormat,
     /// Who gets it; never empty.
     pub to: Vec<Address>,
-    /// How far back it reaches from the scheduled time.
+    /// How far back it reaches from the scheduled time, where none before it has arrived; else it
+    /// begins where the last one ended.
     pub period: Duration,
+    /// What becomes of a contact to whom nothing happened.
+    pub when_empty: WhenEmpty,
     /// Whether the file is attached; else a link is sent.
     pub attach: bool,
+}
+
+/// What a scheduled export does about a contact to whom nothing happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhenEmpty {
+    /// Nothing is sent.
+    Skip,
+    /// A mail says that there were no events.
+    Note,
 }
 
 /// Which contacts a scheduled export takes.
@@ -161,6 +174,33 @@ pub enum Selection {
 pub enum ExportFormat {
     /// RFC 4180.
     Csv,
+    /// The same, packed by gzip.
+    CsvGz,
+    /// The same, packed by Zstandard.
+    CsvZst,
+    /// An event a line.
+    Jsonl,
+    /// The same, packed by gzip.
+    JsonlGz,
+    /// The same, packed by Zstandard.
+    JsonlZst,
+    /// A workbook.
+    Xlsx,
+    /// A document.
+    Pdf,
+}
+
+impl ExportFormat {
+    const NAMES: [(&str, Self); 8] = [
+        ("csv", Self::Csv),
+        ("csv.gz", Self::CsvGz),
+        ("csv.zst", Self::CsvZst),
+        ("pdf", Self::Pdf),
+        ("jsonl", Self::Jsonl),
+        ("jsonl.gz", Self::JsonlGz),
+        ("jsonl.zst", Self::JsonlZst),
+        ("xlsx", Self::Xlsx),
+    ];
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -190,7 +230,7 @@ pub(super) struct Jobs {
 }
 
 /// Reads all jobs; those with errors, which have been noted, are left out.
-pub(super) fn read(root: &mut Section<'_>) -> Jobs {
+pub(super) fn read(root: &mut Section<'_>, domains: &AllowedDomains) -> Jobs {
     let mut names: Vec<String> = Vec::new();
     let mut delivery: Option<String> = None;
     let mut expect_within = BTreeMap::new();
@@ -206,7 +246,7 @@ pub(super) fn read(root: &mut Section<'_>) -> Jobs {
             names.push(name.clone());
         }
         let expected = ExpectWithin::read(section);
-        let job = JobDefinition::read(section, name);
+        let job = JobDefinition::read(section, name, domains);
         if let (Some(job), Some(expected)) = (&job, expected) {
             expected.check(section, &job.schedule);
             expect_within.insert(job.name.clone(), expected.0);
@@ -252,7 +292,11 @@ fn job_name() -> Rule<String> {
 }
 
 impl JobDefinition {
-    fn read(section: &mut Section<'_>, name: Option<String>) -> Option<Self> {
+    fn read(
+        section: &mut Section<'_>,
+        name: Option<String>,
+        domains: &AllowedDomains,
+    ) -> Option<Self> {
         let kind = section.take_required("kind", &choice(&KINDS));
         let schedule = read_schedule(section);
         let enabled = section.take("enabled", true, &flag());
@@ -296,7 +340,7 @@ impl JobDefinition {
                 dry_run: section.take("dry_run", false, &flag()),
             }),
             Kind::TimelineExport => {
-                ExportJob::read(section).map(|job| JobKind::TimelineExport(Box::new(job)))
+                ExportJob::read(section, domains).map(|job| JobKind::TimelineExport(Box::new(job)))
             }
         };
         Some(Self {
@@ -480,20 +524,34 @@ fn read_retry(section: &mut Section<'_>) -> RetryPolicy {
 
 impl ExportJob {
     /// `None` is an error that has been noted.
-    fn read(section: &mut Section<'_>) -> Option<Self> {
+    fn read(section: &mut Section<'_>, domains: &AllowedDomains) -> Option<Self> {
         let tenant =
             section.take_required("tenant", &parsed("the id of a tenant, 1 to 255 characters"));
         let selection = Selection::read(section);
         let audience = section.take("audience", "client", &named(&["client", "agent", "audit"]));
-        let format = section.take("format", "csv", &choice(&[("csv", ExportFormat::Csv)]));
+        let format = section.take("format", "csv", &choice(&ExportFormat::NAMES));
         let to = section.take_required(
             "to",
             &some(list(parsed("an address such as \"ops@example.com\""))),
         );
+        if let (Some(tenant), Some(to)) = (&tenant, &to) {
+            for address in to.iter().filter(|to| !domains.allow(tenant, to)) {
+                let problem = Problem::new(format!(
+                    "{:?} is not at a domain that {tenant} may have mail sent to",
+                    address.to_string()
+                ));
+                section.fail("to", problem.allowed("those of mail.allowed_domains"));
+            }
+        }
         let period = section.take(
             "period",
             "7d",
             &duration(Duration::from_secs(1)..=LONGEST_PERIOD),
+        );
+        let when_empty = section.take(
+            "when_empty",
+            "skip",
+            &choice(&[("skip", WhenEmpty::Skip), ("note", WhenEmpty::Note)]),
         );
         let attach = section.take("attach", true, &flag());
         Some(Self {
@@ -503,6 +561,7 @@ impl ExportJob {
             format,
             to: to?,
             period,
+            when_empty,
             attach,
         })
     }

@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use lettre::Address;
 use lettre::message::Mailbox;
 
 use super::error::Problem;
 use super::reader::Section;
-use super::rules::{Rule, choice, duration, number, parsed, size, text, words};
+use super::rules::{Rule, choice, duration, list, number, parsed, size, text, words};
 use super::secret::Secret;
+use crate::domain::TenantId;
 
 /// `[mail]`: how mail leaves.
 #[derive(Debug, Clone, PartialEq)]
@@ -21,6 +23,70 @@ pub struct Mail {
     pub max_attachment: u64,
     /// What to do when the line was cut after DATA.
     pub uncertain: Uncertain,
+    /// To whom exports may be mailed.
+    pub allowed_domains: AllowedDomains,
+}
+
+/// `mail.allowed_domains`: the domains of recipients; any, where none is named.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AllowedDomains(Vec<AllowedDomain>);
+
+/// A domain to which one tenant, or each, may have exports mailed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct AllowedDomain {
+    tenant: Option<TenantId>,
+    /// In lower case.
+    domain: String,
+    /// Whether the names below it are meant, and not itself.
+    below: bool,
+}
+
+impl AllowedDomains {
+    /// Whether the tenant may have exports mailed to that address.
+    #[must_use]
+    pub fn allow(&self, tenant: &TenantId, address: &Address) -> bool {
+        let domain = address.domain().to_lowercase();
+        let matches = |allowed: &AllowedDomain| {
+            let is_for_tenant = allowed.tenant.as_ref().is_none_or(|of| of == tenant);
+            let is_domain = if allowed.below {
+                domain
+                    .strip_suffix(&allowed.domain)
+                    .is_some_and(|rest| rest.len() > 1 && rest.ends_with('.'))
+            } else {
+                domain == allowed.domain
+            };
+            is_for_tenant && is_domain
+        };
+        self.0.is_empty() || self.0.iter().any(matches)
+    }
+}
+
+/// `example.com`, `*.example.com`, or one of them for a tenant alone, `acme:example.com`.
+fn allowed_domain() -> Rule<AllowedDomain> {
+    let words = "a domain such as \"example.com\" or \"*.example.com\", for one tenant \"acme:example.com\"";
+    text(words, |text| {
+        let no_domain = || Problem::new(format!("{text:?} is not a domain"));
+        // A tenant's name may hold a colon, a domain cannot.
+        let (tenant, domain) = match text.rsplit_once(':') {
+            Some((tenant, domain)) => {
+                let tenant = TenantId::new(tenant.trim())
+                    .map_err(|error| Problem::new(format!("{text:?} names no tenant ({error})")))?;
+                (Some(tenant), domain.trim())
+            }
+            None => (None, text.trim()),
+        };
+        let (domain, below) = match domain.strip_prefix("*.") {
+            Some(domain) => (domain, true),
+            None => (domain, false),
+        };
+        // The domain of an address is what lettre takes for one.
+        let address = Address::new("a", domain).map_err(|_no_address| no_domain())?;
+        Ok(AllowedDomain {
+            tenant,
+            domain: address.domain().to_lowercase(),
+            below,
+        })
+    })
 }
 
 /// Where mails go.
@@ -106,6 +172,11 @@ impl Mail {
                 "retry",
                 &choice(&[("retry", Uncertain::Retry), ("give_up", Uncertain::GiveUp)]),
             ),
+            allowed_domains: AllowedDomains(section.take(
+                "allowed_domains",
+                [],
+                &list(allowed_domain()),
+            )),
         }
     }
 }
@@ -172,6 +243,57 @@ impl SmtpTls {
             Self::StartTls => 587,
             Self::Tls => 465,
             Self::None => 25,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::rules::Raw;
+
+    fn allowed(items: &[&str]) -> AllowedDomains {
+        let read = |item: &&str| allowed_domain().read(&Raw::Text((*item).to_owned()));
+        let items: Result<Vec<_>, _> = items.iter().map(read).collect();
+        AllowedDomains(items.unwrap_or_else(|problem| panic!("{problem}")))
+    }
+
+    #[test]
+    fn a_domain_is_allowed_for_all_or_for_its_tenant() {
+        let domains = allowed(&["Example.com", "acme:*.acme.com", "a:b:b.example"]);
+        for (tenant, address, is_allowed) in [
+            ("acme", "ana@example.com", true),
+            ("globex", "ana@EXAMPLE.COM", true),
+            ("acme", "ana@mail.example.com", false),
+            ("acme", "ana@eu.acme.com", true),
+            ("acme", "ana@acme.com", false),
+            ("acme", "ana@evilacme.com", false),
+            ("globex", "ana@eu.acme.com", false),
+            ("a:b", "ana@b.example", true),
+            ("acme", "ana@b.example", false),
+            ("acme", "ana@example.com.evil.example", false),
+        ] {
+            let tenant = TenantId::new(tenant).unwrap();
+            let allows = domains.allow(&tenant, &address.parse().unwrap());
+            assert_eq!(allows, is_allowed, "{tenant} {address}");
+        }
+        let tenant = TenantId::new("acme").unwrap();
+        assert!(AllowedDomains::default().allow(&tenant, &"a@b.example".parse().unwrap()));
+    }
+
+    #[test]
+    fn what_is_no_domain_is_refused() {
+        for text in [
+            "",
+            "*",
+            "*.",
+            "ana@example.com",
+            "a b.com",
+            ":example.com",
+            "acme:",
+        ] {
+            let refused = allowed_domain().read(&Raw::Text(text.to_owned()));
+            assert!(refused.is_err(), "{text:?}");
         }
     }
 }

@@ -34,12 +34,14 @@ pub use auth::{Auth, PublicKeyAlgorithm, Verifier};
 pub use database::{Database, DatabaseUrl, Synchronous};
 pub use error::{ConfigError, ConfigErrors};
 pub use http::Http;
-pub use jobs::{CatchUp, ExportFormat, ExportJob, JobDefinition, JobKind, Overlap, Selection};
+pub use jobs::{
+    CatchUp, ExportFormat, ExportJob, JobDefinition, JobKind, Overlap, Selection, WhenEmpty,
+};
 pub use layers::Source;
-pub use mail::{Mail, Smtp, SmtpLogin, SmtpTls, Transport, Uncertain};
+pub use mail::{AllowedDomains, Mail, Smtp, SmtpLogin, SmtpTls, Transport, Uncertain};
 pub use notes::{Entry, Origin};
 pub use secret::Secret;
-pub use sections::{Export, History, Log, LogFormat, Realtime};
+pub use sections::{Branding, Export, History, Log, LogFormat, Realtime};
 
 /// Everything that an operator decides.
 #[derive(Debug, Clone, PartialEq)]
@@ -150,11 +152,12 @@ impl Config {
             on_postgres: database.url.is_postgres(),
             listen: http.listen,
         };
-        let jobs = jobs::read(root);
+        let mail = root.section("mail", Mail::read);
+        let jobs = jobs::read(root, &mail.allowed_domains);
         Self {
             state_directory,
             auth: root.section("auth", |section| Auth::read(section, &surroundings)),
-            mail: root.section("mail", Mail::read),
+            mail,
             realtime: root.section("realtime", Realtime::read),
             export: root.section("export", Export::read),
             history: root.section("history", History::read),

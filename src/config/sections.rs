@@ -7,7 +7,8 @@ use tracing_subscriber::EnvFilter;
 
 use super::error::{Problem, nearest};
 use super::reader::Section;
-use super::rules::{Rule, choice, duration, number, text};
+use super::rules::{Rule, choice, duration, list, named, number, text, words};
+use crate::domain::Locale;
 
 const DAY: Duration = Duration::from_hours(24);
 
@@ -27,6 +28,23 @@ pub struct Export {
     pub directory: PathBuf,
     /// How long they and the links to them last.
     pub keep: Duration,
+    /// Where documents look for fonts before the system's places.
+    pub fonts: Vec<PathBuf>,
+    /// The language of documents.
+    pub locale: Locale,
+    /// How many events a PDF holds, in all its volumes.
+    pub pdf_max_events: u64,
+    /// `[export.branding]`.
+    pub branding: Branding,
+}
+
+/// `[export.branding]`: what makes documents those of a company.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Branding {
+    /// Of headings: red, green, blue.
+    pub colour: [u8; 3],
+    /// What stands at the foot of each page.
+    pub footer: String,
 }
 
 /// `[history]`: the runs of the jobs.
@@ -78,8 +96,49 @@ impl Export {
                 "7d",
                 &duration(Duration::from_secs(1)..=DAY * 3_650),
             ),
+            fonts: section
+                .take("fonts", [], &list(words("a directory")))
+                .iter()
+                .map(|path| section.resolve(path))
+                .collect(),
+            locale: section.take("locale", "en", &named(&["en", "pt"])),
+            pdf_max_events: section.take("pdf_max_events", 25_000, &number(1..=1_000_000)),
+            branding: section.section("branding", Branding::read),
         }
     }
+}
+
+impl Branding {
+    fn read(section: &mut Section<'_>) -> Self {
+        Self {
+            colour: section.take("colour", "#1f4e79", &colour()),
+            footer: section.take("footer", "", &footer()),
+        }
+    }
+}
+
+fn colour() -> Rule<[u8; 3]> {
+    text("a colour such as \"#1f4e79\"", |text| {
+        let digits = text.strip_prefix('#').filter(|digits| digits.len() == 6);
+        digits
+            .filter(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()))
+            .and_then(|digits| u32::from_str_radix(digits, 16).ok())
+            .map(|number| {
+                let [_, red, green, blue] = number.to_be_bytes();
+                [red, green, blue]
+            })
+            .ok_or_else(|| Problem::new(format!("{text:?} is not a colour")))
+    })
+}
+
+fn footer() -> Rule<String> {
+    text("a line of at most 120 characters", |text| {
+        let length = text.chars().count();
+        if length > 120 || text.chars().any(char::is_control) {
+            return Err(Problem::new("does not fit on a line"));
+        }
+        Ok(text.to_owned())
+    })
 }
 
 impl History {

@@ -1,6 +1,8 @@
 //! An event that is not recorded so far: the builder for code, the parser for JSON, and
 //! [`NewContactEvent::record`], the one door through which an event comes into being.
 
+mod portable;
+
 use std::fmt;
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -10,6 +12,7 @@ use super::{
     AgentId, Category, ContactEvent, ContactId, Delivery, EventId, EventType, JsonObject, Priority,
     SessionId, Source, TenantId, Visibility, event_types, micros, parse_time,
 };
+pub use portable::read_portable;
 
 /// How far ahead of the daemon's clock an event may claim to have happened: clocks differ.
 pub const MAX_FUTURE: TimeDelta = TimeDelta::minutes(5);
@@ -55,6 +58,14 @@ impl Fault {
 #[error("{}", .0.iter().map(|f| format!("{}: {}", f.pointer, f.detail)).collect::<Vec<_>>().join("; "))]
 pub struct Invalid(pub Vec<Fault>);
 
+/// What an event's payload or metadata is made from.
+#[derive(Debug, Clone)]
+enum Object {
+    Value(Value),
+    /// JSON that is kept as it was written.
+    Text(String),
+}
+
 /// An event about to be recorded. Defaults: priority normal, visible to agents only, happening
 /// now, not realtime, never expiring.
 #[derive(Debug, Clone)]
@@ -68,8 +79,8 @@ pub struct NewContactEvent {
     source: Source,
     title: Option<String>,
     description: Option<String>,
-    payload: Value,
-    metadata: Value,
+    payload: Object,
+    metadata: Object,
     triggered_by: Option<AgentId>,
     integration_source: Option<String>,
     is_realtime: bool,
@@ -97,8 +108,8 @@ impl NewContactEvent {
             source,
             title: None,
             description: None,
-            payload: json!({}),
-            metadata: json!({}),
+            payload: Object::Value(json!({})),
+            metadata: Object::Value(json!({})),
             triggered_by: None,
             integration_source: None,
             is_realtime: false,
@@ -244,14 +255,14 @@ impl NewContactEvent {
     /// Facts for programs: a JSON object.
     #[must_use]
     pub fn payload(mut self, payload: Value) -> Self {
-        self.payload = payload;
+        self.payload = Object::Value(payload);
         self
     }
 
     /// Facts about the event itself: a JSON object.
     #[must_use]
     pub fn metadata(mut self, metadata: Value) -> Self {
-        self.metadata = metadata;
+        self.metadata = Object::Value(metadata);
         self
     }
 
@@ -348,8 +359,8 @@ impl NewContactEvent {
         let priority = fields.parsed("priority").unwrap_or(Priority::Normal);
         let title = fields.text("title");
         let description = fields.text("description");
-        let payload = fields.object("payload");
-        let metadata = fields.object("metadata");
+        let payload = Object::Value(fields.object("payload"));
+        let metadata = Object::Value(fields.object("metadata"));
         let triggered_by = fields.parsed("triggered_by");
         let integration_source = fields.text("integration_source");
         let is_realtime = fields.flag("is_realtime").unwrap_or(false);
@@ -418,8 +429,8 @@ impl NewContactEvent {
                 "is required where source is integration",
             ));
         }
-        let payload = check_object(&mut faults, "payload", &self.payload, MAX_PAYLOAD);
-        let metadata = check_object(&mut faults, "metadata", &self.metadata, MAX_METADATA);
+        let payload = check_object(&mut faults, "payload", self.payload, MAX_PAYLOAD);
+        let metadata = check_object(&mut faults, "metadata", self.metadata, MAX_METADATA);
         let expires_at = self.expires_at.map(micros);
         if expires_at.is_some_and(|at| at <= now) {
             faults.push(Fault::new(
@@ -484,8 +495,12 @@ fn check_text(faults: &mut Vec<Fault>, field: &str, text: Option<&str>, limit: u
     }
 }
 
-fn check_object(faults: &mut Vec<Fault>, field: &str, value: &Value, limit: usize) -> JsonObject {
-    JsonObject::new(value, limit).unwrap_or_else(|error| {
+fn check_object(faults: &mut Vec<Fault>, field: &str, object: Object, limit: usize) -> JsonObject {
+    let object = match object {
+        Object::Value(value) => JsonObject::new(&value, limit),
+        Object::Text(text) => JsonObject::from_text(text, limit),
+    };
+    object.unwrap_or_else(|error| {
         faults.push(Fault::new(field, error));
         JsonObject::default()
     })

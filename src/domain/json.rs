@@ -3,6 +3,8 @@
 //! Payloads are stored, served and exported far more often than looked into, so the text is
 //! validated once and passed through; nothing re-serialises it on the way.
 
+use std::borrow::Cow;
+
 use serde::{Serialize, Serializer};
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Map, Value};
@@ -82,10 +84,37 @@ impl JsonObject {
         }
     }
 
+    /// Takes text that somebody sent, as it is, by the rules of [`Self::new`].
+    ///
+    /// # Errors
+    /// [`JsonObjectError`] says which rule it breaks.
+    pub fn from_text(text: String, limit: usize) -> Result<Self, JsonObjectError> {
+        let size = text.len();
+        if size > limit {
+            return Err(JsonObjectError::TooLarge { limit, size });
+        }
+        if has_escaped_nul(&text) {
+            return Err(JsonObjectError::Nul);
+        }
+        Self::from_stored(text)
+    }
+
     /// The compact text.
     #[must_use]
     pub fn as_str(&self) -> &str {
         self.0.get()
+    }
+
+    /// The text without line breaks, which other programs may have put between its values; within a
+    /// text JSON has none.
+    #[must_use]
+    pub fn in_one_line(&self) -> Cow<'_, str> {
+        let text = self.as_str();
+        if text.contains(['\n', '\r']) {
+            Cow::Owned(text.replace(['\n', '\r'], " "))
+        } else {
+            Cow::Borrowed(text)
+        }
     }
 }
 
@@ -105,6 +134,14 @@ impl Serialize for JsonObject {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         self.0.serialize(serializer)
     }
+}
+
+/// Whether a JSON text holds an escaped NUL; an escaped backslash before the rest of one is none.
+fn has_escaped_nul(text: &str) -> bool {
+    text.match_indices("\\u0000").any(|(at, _)| {
+        let before = text[..at].bytes().rev();
+        before.take_while(|byte| *byte == b'\\').count() % 2 == 0
+    })
 }
 
 fn has_surrogate(text: &str) -> bool {
@@ -193,6 +230,33 @@ mod tests {
         for value in [json!({"a": [{"b": "x\0"}]}), json!({"a\0": 1})] {
             assert_eq!(JsonObject::new(&value, 100), Err(JsonObjectError::Nul));
         }
+    }
+
+    #[test]
+    fn a_text_is_taken_as_it_is_by_the_same_rules() {
+        let text = r#"{ "a": 1.50, "a": 18446744073709551616, "b": "\\u0000" }"#;
+        let object = JsonObject::from_text(text.to_owned(), 100).unwrap();
+        assert_eq!(object.as_str(), text);
+        for (text, error) in [
+            (r#"{"a":"\u0000"}"#, JsonObjectError::Nul),
+            (r#"{"a":"\\\u0000"}"#, JsonObjectError::Nul),
+            ("[]", JsonObjectError::NotObject),
+            (r#"{"a":"\ud800"}"#, JsonObjectError::NotObject),
+            ("{} ", JsonObjectError::TooLarge { limit: 2, size: 3 }),
+        ] {
+            let limit = if text == "{} " { 2 } else { 100 };
+            assert_eq!(
+                JsonObject::from_text(text.to_owned(), limit),
+                Err(error),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn line_breaks_between_values_become_blanks() {
+        let object = JsonObject::from_stored("{\r\n\"a\":\n\"\\n\"}".to_owned()).unwrap();
+        assert_eq!(object.in_one_line(), "{  \"a\": \"\\n\"}");
     }
 
     #[test]

@@ -10,11 +10,12 @@ mod event;
 mod ids;
 mod json;
 mod kinds;
+mod locale;
 mod retention;
 
 pub use audience::{Audience, Visibility};
 pub use clock::{Clock, ManualClock, SystemClock, micros, parse_time};
-pub use draft::{Fault, Invalid, MAX_FUTURE, NewContactEvent};
+pub use draft::{Fault, Invalid, MAX_FUTURE, NewContactEvent, read_portable};
 pub use event::{ContactEvent, Delivery, format_time};
 pub use ids::{
     AgentId, ContactId, ErasureId, EventId, ExportId, HoldId, IdError, RunId, SessionId, Subject,
@@ -23,4 +24,5 @@ pub use ids::{
 pub use json::{JsonObject, JsonObjectError};
 pub(crate) use kinds::closed_set;
 pub use kinds::{Category, EventType, Priority, Source, UnknownKind, event_types};
+pub use locale::Locale;
 pub use retention::{Cause, Retention, RetentionRule, Scope, Sweep};

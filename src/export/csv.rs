@@ -5,18 +5,19 @@
 //! honest "- item". Whoever reads the file back by program takes off one apostrophe before such a
 //! cell.
 
-use std::borrow::Cow;
-
-use chrono::{DateTime, SecondsFormat, Utc};
 use chrono_tz::Tz;
+use uuid::Uuid;
+use uuid::fmt::Hyphenated;
 
-use crate::domain::{Audience, ContactEvent, UnknownKind, closed_set};
+use super::time;
+use super::writer::Notes;
+use crate::domain::{AgentId, Audience, ContactEvent, SessionId, UnknownKind, closed_set};
 use crate::storage::ExportRequest;
 
 /// Excel takes a file for UTF-8 only when it begins so.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// Stands in place of what was asked to be left out.
-const REDACTED: &str = "[redacted]";
+pub(super) const REDACTED: &str = "[redacted]";
 
 closed_set!(
     /// A column of an exported timeline: what `redact` may name, in the order of the file.
@@ -77,30 +78,36 @@ impl Column {
     }
 }
 
+/// The columns that a request has, each with whether its content is left out.
+///
+/// # Errors
+/// A field to be redacted that there is not: leaving it in would be the worse answer.
+pub(super) fn columns(request: &ExportRequest) -> Result<Vec<(Column, bool)>, UnknownKind> {
+    let redacted: Vec<Column> = request
+        .redact
+        .iter()
+        .map(|field| field.parse())
+        .collect::<Result<_, _>>()?;
+    let columns = Column::ALL
+        .iter()
+        .filter(|column| column.is_for(request.audience))
+        .map(|column| (*column, redacted.contains(column)));
+    Ok(columns.collect())
+}
+
 /// How one export is written.
 #[derive(Debug, Clone)]
 pub(super) struct Sheet {
-    /// Each with whether its content is left out.
     columns: Vec<(Column, bool)>,
     zone: Tz,
 }
 
 impl Sheet {
     /// # Errors
-    /// A field to be redacted that there is not: leaving it in would be the worse answer.
+    /// Where a field is to be redacted that there is not.
     pub(super) fn of(request: &ExportRequest) -> Result<Self, UnknownKind> {
-        let redacted: Vec<Column> = request
-            .redact
-            .iter()
-            .map(|field| field.parse())
-            .collect::<Result<_, _>>()?;
-        let columns = Column::ALL
-            .iter()
-            .filter(|column| column.is_for(request.audience))
-            .map(|column| (*column, redacted.contains(column)))
-            .collect();
         Ok(Self {
-            columns,
+            columns: columns(request)?,
             zone: request.timezone,
         })
     }
@@ -113,67 +120,73 @@ impl Sheet {
         csv.into_inner().expect("memory takes every write")
     }
 
-    /// A row for each event, and how many cells got an apostrophe.
-    pub(super) fn rows(&self, events: &[ContactEvent]) -> (Vec<u8>, u64) {
+    /// A row for each event, and what is to be told of them.
+    pub(super) fn rows(&self, events: &[ContactEvent]) -> (Vec<u8>, Notes) {
         let mut csv = writer(Vec::new());
-        let mut guarded = 0;
+        let mut notes = Notes::default();
+        // One buffer for whatever is written anew: a row has two dozen cells.
+        let mut made = Vec::with_capacity(64);
         for event in events {
             for (column, is_redacted) in &self.columns {
                 let cell = if *is_redacted {
-                    Cow::Borrowed(REDACTED)
+                    notes.redacted_cells += 1;
+                    REDACTED.as_bytes()
                 } else {
-                    self.cell(*column, event)
+                    self.cell(*column, event, &mut made)
                 };
-                let cell = if is_formula(&cell) {
-                    guarded += 1;
-                    Cow::Owned(format!("'{cell}"))
+                let written = if is_formula(cell) {
+                    notes.guarded_cells += 1;
+                    csv.write_field([b"'", cell].concat())
                 } else {
-                    cell
+                    csv.write_field(cell)
                 };
-                csv.write_field(cell.as_bytes())
-                    .expect("memory takes every write");
+                written.expect("memory takes every write");
             }
             csv.write_record(None::<&[u8]>)
                 .expect("memory takes every write");
         }
-        (csv.into_inner().expect("memory takes every write"), guarded)
+        (csv.into_inner().expect("memory takes every write"), notes)
     }
 
-    fn cell<'e>(&self, column: Column, event: &'e ContactEvent) -> Cow<'e, str> {
-        let text = |text: &'e Option<String>| Cow::Borrowed(text.as_deref().unwrap_or_default());
-        let time = |at: DateTime<Utc>| {
-            let local = at.with_timezone(&self.zone);
-            Cow::Owned(local.to_rfc3339_opts(SecondsFormat::Micros, false))
+    fn cell<'c>(&self, column: Column, event: &'c ContactEvent, made: &'c mut Vec<u8>) -> &'c [u8] {
+        made.clear();
+        let text = |text: &'c Option<String>| text.as_deref().unwrap_or_default().as_bytes();
+        let flag = |flag: bool| if flag { &b"true"[..] } else { b"false" };
+        let at = match column {
+            Column::EventType => return event.event_type.as_str().as_bytes(),
+            Column::Category => return event.category.as_str().as_bytes(),
+            Column::Priority => return event.priority.as_str().as_bytes(),
+            Column::Source => return event.source.as_str().as_bytes(),
+            Column::Title => return text(&event.title),
+            Column::Description => return text(&event.description),
+            Column::Payload => return event.payload.as_str().as_bytes(),
+            Column::Metadata => return event.metadata.as_str().as_bytes(),
+            Column::IntegrationSource => return text(&event.integration_source),
+            Column::IsRealtime => return flag(event.is_realtime),
+            Column::VisibleToClient => return flag(event.visibility.client),
+            Column::VisibleToAgent => return flag(event.visibility.agent),
+            Column::Id => return push_id(made, Some(event.id.uuid())),
+            Column::SessionId => return push_id(made, event.session_id.map(SessionId::uuid)),
+            Column::TriggeredBy => return push_id(made, event.triggered_by.map(AgentId::uuid)),
+            Column::OccurredAt => Some(event.occurred_at),
+            Column::DeliveredAt => event.delivery.delivered_at(),
+            Column::ReadAt => event.read_at,
+            Column::ExpiresAt => event.expires_at,
+            Column::CreatedAt => Some(event.created_at),
         };
-        let maybe_time = |at: Option<DateTime<Utc>>| at.map_or(Cow::Borrowed(""), time);
-        let flag = |flag: bool| Cow::Borrowed(if flag { "true" } else { "false" });
-        match column {
-            Column::Id => Cow::Owned(event.id.to_string()),
-            Column::OccurredAt => time(event.occurred_at),
-            Column::EventType => Cow::Borrowed(event.event_type.as_str()),
-            Column::Category => Cow::Borrowed(event.category.as_str()),
-            Column::Priority => Cow::Borrowed(event.priority.as_str()),
-            Column::Source => Cow::Borrowed(event.source.as_str()),
-            Column::Title => text(&event.title),
-            Column::Description => text(&event.description),
-            Column::Payload => Cow::Borrowed(event.payload.as_str()),
-            Column::Metadata => Cow::Borrowed(event.metadata.as_str()),
-            Column::SessionId => event.session_id.map_or(Cow::Borrowed(""), own),
-            Column::TriggeredBy => event.triggered_by.map_or(Cow::Borrowed(""), own),
-            Column::IntegrationSource => text(&event.integration_source),
-            Column::IsRealtime => flag(event.is_realtime),
-            Column::DeliveredAt => maybe_time(event.delivery.delivered_at()),
-            Column::ReadAt => maybe_time(event.read_at),
-            Column::VisibleToClient => flag(event.visibility.client),
-            Column::VisibleToAgent => flag(event.visibility.agent),
-            Column::ExpiresAt => maybe_time(event.expires_at),
-            Column::CreatedAt => time(event.created_at),
+        if let Some(at) = at {
+            time::push_local(made, at, self.zone);
         }
+        made
     }
 }
 
-fn own<'e>(id: impl std::fmt::Display) -> Cow<'e, str> {
-    Cow::Owned(id.to_string())
+fn push_id(made: &mut Vec<u8>, id: Option<Uuid>) -> &[u8] {
+    if let Some(id) = id {
+        let mut buffer = [0; Hyphenated::LENGTH];
+        made.extend_from_slice(id.hyphenated().encode_lower(&mut buffer).as_bytes());
+    }
+    made
 }
 
 fn writer(buffer: Vec<u8>) -> csv::Writer<Vec<u8>> {
@@ -184,21 +197,32 @@ fn writer(buffer: Vec<u8>) -> csv::Writer<Vec<u8>> {
 
 /// Whether a spreadsheet may take the cell for a formula. Blanks and quotes before it are no help:
 /// some programs drop them on import. The wide signs are those of East Asian input.
-fn is_formula(cell: &str) -> bool {
+fn is_formula(cell: &[u8]) -> bool {
     const BLANKS: [char; 6] = [' ', '\u{a0}', '\u{feff}', '"', '\'', '`'];
     const SIGNS: [char; 11] = [
         '=', '+', '-', '@', '\t', '\r', '\n', '\u{ff1d}', '\u{ff0b}', '\u{ff0d}', '\u{ff20}',
     ];
+    // What most cells begin with; and every cell was a text.
+    if cell
+        .first()
+        .is_none_or(|first| first.is_ascii_alphanumeric() || *first == b'{')
+    {
+        return false;
+    }
+    let Ok(cell) = std::str::from_utf8(cell) else {
+        return false;
+    };
     cell.trim_start_matches(BLANKS).starts_with(SIGNS)
 }
 
 #[cfg(test)]
 mod tests {
+    use chrono::DateTime;
     use serde_json::json;
 
     use super::*;
     use crate::domain::{
-        AgentId, Category, ContactId, EventId, NewContactEvent, Source, TenantId, event_types,
+        Category, ContactId, EventId, NewContactEvent, Source, TenantId, event_types,
     };
 
     fn request(audience: Audience, redact: &[&str]) -> ExportRequest {
@@ -267,13 +291,13 @@ mod tests {
         for title in [
             "=1+1", "+1", "-1", "@A1", "\t=1", "\r=1", " =1", "\"=1", "'=1", "\u{a0}=1", "＝1",
         ] {
-            let (rows, guarded) = sheet.rows(&[note(title)]);
+            let (rows, notes) = sheet.rows(&[note(title)]);
             let mut csv = csv::ReaderBuilder::new()
                 .has_headers(false)
                 .from_reader(&rows[..]);
             let row = csv.records().next().unwrap().unwrap();
             assert_eq!(
-                (&row[6], guarded),
+                (&row[6], notes.guarded_cells),
                 (format!("'{title}").as_str(), 1),
                 "{title:?}"
             );
@@ -284,7 +308,7 @@ mod tests {
     fn ordinary_text_is_left_alone() {
         let sheet = Sheet::of(&request(Audience::Agent, &[])).unwrap();
         for title in ["", "a=1", "1-2", "'quoted'", "e-mail", "(-1)"] {
-            assert_eq!(sheet.rows(&[note(title)]).1, 0, "{title:?}");
+            assert_eq!(sheet.rows(&[note(title)]).1.guarded_cells, 0, "{title:?}");
         }
     }
 

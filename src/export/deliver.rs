@@ -9,12 +9,13 @@ use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
 
 use super::letter::{Placement, Reason, Stationery, compose};
-use super::{Duty, Exporter, Step, after, file_path, locked};
+use super::{Duty, Exporter, Step, after, file_path, link_hash, locked};
 use crate::config::Uncertain;
 use crate::mail::Outcome;
 use crate::storage::{
     ClaimedDelivery, DeliveryOutcome, DeliveryState, Export, ExportState, StorageResult,
 };
+use crate::telemetry::chain;
 
 const FIRST_WAIT: Duration = Duration::from_mins(1);
 const LONGEST_WAIT: Duration = Duration::from_hours(4);
@@ -78,8 +79,10 @@ impl Exporter {
 
     async fn attempt(&self, claimed: &ClaimedDelivery) -> Outcome {
         let (export, delivery) = (&claimed.export, &claimed.delivery);
-        if export.state == ExportState::Cancelled {
-            return Outcome::Dead("the export was cancelled".to_owned());
+        match export.state {
+            ExportState::Cancelled => return Outcome::Dead("the export was cancelled".to_owned()),
+            ExportState::Expired => return Outcome::Dead("the file had expired".to_owned()),
+            _ => {}
         }
         let Some(file_name) = &export.file_name else {
             return Outcome::Dead("the file had expired".to_owned());
@@ -100,7 +103,8 @@ impl Exporter {
         let was_attached = matches!(placement, Placement::Attached(_));
         match self.post(claimed, placement).await {
             Outcome::TooLarge if was_attached => {
-                match self.post(claimed, Placement::Linked(Reason::Refused)).await {
+                let linked = Placement::Linked(Reason::Refused);
+                match self.post(claimed, linked).await {
                     Outcome::TooLarge => too_large(),
                     outcome => outcome,
                 }
@@ -126,9 +130,19 @@ impl Exporter {
 
     async fn post(&self, claimed: &ClaimedDelivery, placement: Placement) -> Outcome {
         let (export, delivery) = (&claimed.export, &claimed.delivery);
+        let link = match &placement {
+            Placement::Attached(_) => String::new(),
+            Placement::Linked(_) => match self.link(claimed).await {
+                Ok(link) => link,
+                Err(error) => {
+                    let error = chain(&error);
+                    return Outcome::Deferred(format!("the link cannot be kept: {error}"));
+                }
+            },
+        };
         let paper = Stationery {
             from: &self.settings.from,
-            public_url: &self.settings.public_url,
+            link: &link,
             // Not the attempt's: the same message each time.
             date: export.rendered_at.unwrap_or(export.created_at),
         };
@@ -144,6 +158,16 @@ impl Exporter {
             Ok(Err(error)) => Outcome::Dead(error.to_string()),
             Err(_panicked) => Outcome::Deferred("writing the letter panicked".to_owned()),
         }
+    }
+
+    /// The link that the mail carries, which leads to the file before the mail leaves.
+    async fn link(&self, claimed: &ClaimedDelivery) -> StorageResult<String> {
+        let link = self.settings.link_key.link(&claimed.delivery.message_id);
+        if let Some(hash) = link_hash(&link) {
+            let now = self.clock.now();
+            self.store.add_link(claimed, &hash, now).await?;
+        }
+        Ok(format!("{}/d/{link}", self.settings.public_url))
     }
 
     /// Until when no mail is tried, if this outcome says so.

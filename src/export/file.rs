@@ -18,7 +18,8 @@ pub(super) struct PartFile {
     file: File,
     /// None once it has its final name.
     part: Option<PathBuf>,
-    whole: PathBuf,
+    directory: PathBuf,
+    stem: String,
     hash: Sha256,
     bytes: u64,
 }
@@ -26,22 +27,23 @@ pub(super) struct PartFile {
 /// What was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Written {
+    /// Its name in the directory.
+    pub(super) name: String,
     pub(super) bytes: u64,
     /// In hexadecimal.
     pub(super) sha256: String,
 }
 
 impl PartFile {
-    /// Begins `name` in `directory`, which is made 0700 if need be; in place of an earlier attempt of
+    /// Begins a file in `directory`, which is made 0700 if need be; in place of an earlier attempt of
     /// this worker. Another that lost its claim may still write the same export: each has a part of
-    /// its own.
-    pub(super) fn create(directory: &Path, name: &str, worker: Uuid) -> io::Result<Self> {
+    /// its own. `stem` is the name without its end, which may be known only when all is written.
+    pub(super) fn create(directory: &Path, stem: &str, worker: Uuid) -> io::Result<Self> {
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(directory)?;
-        let whole = directory.join(name);
-        let part = whole.with_extension(format!("{worker}{SUFFIX}"));
+        let part = directory.join(format!("{stem}.{worker}{SUFFIX}"));
         remove(&part)?;
         let file = OpenOptions::new()
             .write(true)
@@ -51,10 +53,16 @@ impl PartFile {
         Ok(Self {
             file,
             part: Some(part),
-            whole,
+            directory: directory.to_owned(),
+            stem: stem.to_owned(),
             hash: Sha256::new(),
             bytes: 0,
         })
+    }
+
+    /// Where it lies.
+    pub(super) fn directory(&self) -> &Path {
+        &self.directory
     }
 
     pub(super) fn append(&mut self, content: &[u8]) -> io::Result<()> {
@@ -64,21 +72,33 @@ impl PartFile {
         Ok(())
     }
 
-    /// Gives it its name, durably: the content reaches the disk before the name does.
-    pub(super) fn finish(mut self) -> io::Result<Written> {
+    /// Gives it its name, which ends in `extension`, durably: the content reaches the disk before the
+    /// name does.
+    pub(super) fn finish(mut self, extension: &str) -> io::Result<Written> {
         self.file.sync_all()?;
+        let name = format!("{}.{extension}", self.stem);
         if let Some(part) = &self.part {
-            fs::rename(part, &self.whole)?;
+            fs::rename(part, self.directory.join(&name))?;
         }
         self.part = None;
-        if let Some(directory) = self.whole.parent() {
-            File::open(directory)?.sync_all()?;
-        }
+        File::open(&self.directory)?.sync_all()?;
         let hash = std::mem::take(&mut self.hash).finalize();
         Ok(Written {
+            name,
             bytes: self.bytes,
             sha256: hash.iter().map(|byte| format!("{byte:02x}")).collect(),
         })
+    }
+}
+
+impl Write for PartFile {
+    fn write(&mut self, content: &[u8]) -> io::Result<usize> {
+        self.append(content)?;
+        Ok(content.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -137,11 +157,11 @@ mod tests {
     fn a_finished_file_is_its_owners_and_bears_the_hash_of_its_content() {
         let home = tempfile::tempdir().unwrap();
         let directory = home.path().join("exports");
-        let mut file = PartFile::create(&directory, "a.csv", Uuid::nil()).unwrap();
+        let mut file = PartFile::create(&directory, "a", Uuid::nil()).unwrap();
         file.append(b"ab").unwrap();
         file.append(b"c").unwrap();
-        let written = file.finish().unwrap();
-        assert_eq!(written.bytes, 3);
+        let written = file.finish("csv").unwrap();
+        assert_eq!((written.name.as_str(), written.bytes), ("a.csv", 3));
         // the test vector of FIPS 180-2
         assert_eq!(
             written.sha256,
@@ -157,7 +177,7 @@ mod tests {
     fn an_unfinished_file_goes_when_it_is_dropped_and_a_left_one_by_the_sweep() {
         let home = tempfile::tempdir().unwrap();
         let home = home.path();
-        let part = |worker| PartFile::create(home, "a.csv", Uuid::from_u128(worker)).unwrap();
+        let part = |worker| PartFile::create(home, "a", Uuid::from_u128(worker)).unwrap();
         drop(part(1));
         assert_eq!(fs::read_dir(home).unwrap().count(), 0);
         let minute = Duration::from_mins(1);
@@ -169,7 +189,7 @@ mod tests {
         assert_eq!(sweep(home, minute).unwrap(), 1);
         // Neither the sweep nor the end of another's attempt takes it away.
         drop(left);
-        written.finish().unwrap();
+        written.finish("csv").unwrap();
         assert_eq!(fs::read(home.join("a.csv")).unwrap(), b"whole");
         assert_eq!(fs::read_dir(home).unwrap().count(), 1);
         assert_eq!(sweep(&home.join("nowhere"), minute).unwrap(), 0);

@@ -2,6 +2,7 @@
 
 use chrono::{DateTime, SecondsFormat, Utc};
 
+use super::FileKind;
 use crate::mail::{AttachedFile, Letter, escaped};
 use crate::storage::Export;
 use lettre::message::Mailbox;
@@ -29,8 +30,8 @@ pub(super) enum Reason {
 /// What the letter needs beside the export.
 pub(super) struct Stationery<'a> {
     pub(super) from: &'a Mailbox,
-    /// What links begin with, without a slash at the end.
-    pub(super) public_url: &'a str,
+    /// Where the file is, for a letter without it.
+    pub(super) link: &'a str,
     pub(super) date: DateTime<Utc>,
 }
 
@@ -43,13 +44,14 @@ pub(super) fn compose(
     paper: &Stationery<'_>,
 ) -> Letter {
     let contact = export.request.contact_id;
-    let name = format!("timeline-{contact}.csv");
+    let kind = FileKind::of(export.file_name.as_deref().unwrap_or_default());
+    let name = format!("timeline-{contact}.{}", kind.extension());
     let lines = facts(export, &name);
     let (opening, link, attachment) = match placement {
         Placement::Attached(content) => {
             let file = AttachedFile {
                 name,
-                media_type: "text/csv; charset=utf-8",
+                media_type: kind.media_type(),
                 content,
             };
             (
@@ -63,8 +65,7 @@ pub(super) fn compose(
                 "The timeline of contact {contact} is ready. {}",
                 explanation(reason, export.bytes.unwrap_or(0))
             );
-            let url = format!("{}/api/v1/exports/{}/file", paper.public_url, export.id);
-            (opening, Some(url), None)
+            (opening, Some(paper.link.to_owned()), None)
         }
     };
     let until = export.expires_at.map(|at| local(export, at));
@@ -150,8 +151,12 @@ fn as_html(
     until: Option<&str>,
     facts: &[(&'static str, String)],
 ) -> String {
+    // No colours: they are the reader's, by day and by night.
     let mut html = format!(
-        "<!doctype html>\n<html><body>\n<p>{}</p>\n",
+        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width\">\n\
+         <meta name=\"color-scheme\" content=\"light dark\"></head>\n\
+         <body style=\"font-family: sans-serif; line-height: 1.5; max-width: 40em\">\n<p>{}</p>\n",
         escaped(opening)
     );
     if let Some(link) = link {
@@ -163,11 +168,12 @@ fn as_html(
             "<p>It can be fetched{until}:<br><a href=\"{link}\">{link}</a></p>\n"
         ));
     }
-    html.push_str("<table>\n");
+    html.push_str("<table style=\"border-collapse: collapse\">\n");
     for (label, value) in facts {
         let value = escaped(value);
         html.push_str(&format!(
-            "<tr><th align=\"left\">{label}</th><td>{value}</td></tr>\n"
+            "<tr><th scope=\"row\" align=\"left\" valign=\"top\" style=\"padding-right: 1em; white-space: nowrap\">{label}</th>\
+             <td style=\"word-break: break-word\">{value}</td></tr>\n"
         ));
     }
     html.push_str("</table>\n</body></html>\n");
@@ -237,7 +243,11 @@ mod tests {
             sha256: Some("ba7816bf".to_owned()),
             file_name: Some("0190b5f0.csv".to_owned()),
             error: None,
+            downloads: 0,
+            last_download_at: None,
             deliveries: Vec::new(),
+            links: Vec::new(),
+            actions: Vec::new(),
         }
     }
 
@@ -245,7 +255,7 @@ mod tests {
         let from = "CRM <crm@example.com>".parse().unwrap();
         let paper = Stationery {
             from: &from,
-            public_url: "https://crm.example.com",
+            link: "https://crm.example.com/d/AAAAAAAAAAAAAAAAAAAAAA",
             date: DateTime::from_timestamp(1_775_000_002, 0).unwrap(),
         };
         let letter = compose(&export(), "ana@example.com", "a.0@crm", placement, &paper);

@@ -8,9 +8,17 @@
 mod csv;
 mod deliver;
 mod file;
+mod jsonl;
 mod letter;
+mod link;
 mod outage;
+mod packed;
+mod pdf;
 mod render;
+mod time;
+mod words;
+mod writer;
+mod xlsx;
 
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
@@ -33,7 +41,9 @@ use crate::storage::{Export, ExportStore, StorageResult};
 use crate::telemetry::chain;
 pub use csv::Column;
 use deliver::Hold;
+pub use link::{LinkKey, link_hash};
 use outage::Outage;
+pub use pdf::Paper;
 
 /// Other processes add rows too, and cannot wake this one. Not each second: two such looks would be half
 /// of what an idle daemon asks of a server.
@@ -56,8 +66,30 @@ closed_set!(
     Format, "format of an export", {
         /// RFC 4180.
         Csv = "csv",
+        /// A document for people; several in a ZIP, where the timeline is long.
+        Pdf = "pdf",
+        /// The same, packed by gzip.
+        CsvGz = "csv.gz",
+        /// The same, packed by Zstandard.
+        CsvZst = "csv.zst",
+        /// An event a line, complete: what `timelined events import` reads.
+        Jsonl = "jsonl",
+        /// The same, packed by gzip.
+        JsonlGz = "jsonl.gz",
+        /// The same, packed by Zstandard.
+        JsonlZst = "jsonl.zst",
+        /// A workbook.
+        Xlsx = "xlsx",
     }
 );
+
+/// How the text of a file is packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Packing {
+    None,
+    Gzip,
+    Zstd,
+}
 
 /// The fields whose content an export can leave out.
 pub const REDACTABLE: [&str; 7] = [
@@ -83,16 +115,75 @@ impl From<ExportFormat> for Format {
     fn from(format: ExportFormat) -> Self {
         match format {
             ExportFormat::Csv => Self::Csv,
+            ExportFormat::Pdf => Self::Pdf,
+            ExportFormat::CsvGz => Self::CsvGz,
+            ExportFormat::CsvZst => Self::CsvZst,
+            ExportFormat::Jsonl => Self::Jsonl,
+            ExportFormat::JsonlGz => Self::JsonlGz,
+            ExportFormat::JsonlZst => Self::JsonlZst,
+            ExportFormat::Xlsx => Self::Xlsx,
         }
     }
 }
 
-impl Format {
+/// What lies in an export's file, which its name tells: a format may end in more than one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileKind {
+    /// RFC 4180.
+    Csv,
+    /// A document.
+    Pdf,
+    /// Documents with a manifest.
+    Zip,
+    /// The same, packed by gzip.
+    CsvGz,
+    /// The same, packed by Zstandard.
+    CsvZst,
+    /// An event a line.
+    Jsonl,
+    /// The same, packed by gzip.
+    JsonlGz,
+    /// The same, packed by Zstandard.
+    JsonlZst,
+    /// A workbook.
+    Xlsx,
+    /// A row from elsewhere names something else.
+    Other,
+}
+
+impl FileKind {
+    /// By what follows the first dot.
+    #[must_use]
+    pub fn of(file_name: &str) -> Self {
+        match file_name.split_once('.') {
+            Some((_, "csv")) => Self::Csv,
+            Some((_, "pdf")) => Self::Pdf,
+            Some((_, "zip")) => Self::Zip,
+            Some((_, "csv.gz")) => Self::CsvGz,
+            Some((_, "csv.zst")) => Self::CsvZst,
+            Some((_, "jsonl")) => Self::Jsonl,
+            Some((_, "jsonl.gz")) => Self::JsonlGz,
+            Some((_, "jsonl.zst")) => Self::JsonlZst,
+            Some((_, "xlsx")) => Self::Xlsx,
+            _ => Self::Other,
+        }
+    }
+
     /// The media type, RFC 7111 for CSV.
+    /// The media type: RFC 7111 for CSV, 6713 for gzip, 8878 for Zstandard.
     #[must_use]
     pub fn media_type(self) -> &'static str {
         match self {
             Self::Csv => "text/csv; charset=utf-8; header=present",
+            Self::Pdf => "application/pdf",
+            Self::Zip => "application/zip",
+            // Not a content encoding: whoever asked for a packed file keeps a packed file.
+            Self::CsvGz | Self::JsonlGz => "application/gzip",
+            Self::CsvZst | Self::JsonlZst => "application/zstd",
+            // There is no registered one so far.
+            Self::Jsonl => "application/x-ndjson",
+            Self::Xlsx => "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet",
+            Self::Other => "application/octet-stream",
         }
     }
 
@@ -101,6 +192,15 @@ impl Format {
     pub fn extension(self) -> &'static str {
         match self {
             Self::Csv => "csv",
+            Self::Pdf => "pdf",
+            Self::Zip => "zip",
+            Self::CsvGz => "csv.gz",
+            Self::CsvZst => "csv.zst",
+            Self::Jsonl => "jsonl",
+            Self::JsonlGz => "jsonl.gz",
+            Self::JsonlZst => "jsonl.zst",
+            Self::Xlsx => "xlsx",
+            Self::Other => "bin",
         }
     }
 }
@@ -121,12 +221,16 @@ pub struct Settings {
     pub keep: Duration,
     /// What links begin with, without a slash at the end.
     pub public_url: String,
+    /// What links are derived from.
+    pub link_key: LinkKey,
     /// Who claims: an id made at the daemon's start.
     pub worker: Uuid,
     /// The sender of every mail.
     pub from: Mailbox,
     /// The largest file that a mail carries, in bytes.
     pub max_attachment: u64,
+    /// How documents are made.
+    pub paper: Paper,
     /// What becomes of a mail that may or may not have been taken.
     pub uncertain: Uncertain,
 }
@@ -411,7 +515,16 @@ mod tests {
         assert_eq!("csv".parse(), Ok(Format::Csv));
         assert_eq!(
             "doc".parse::<Format>().unwrap_err().to_string(),
-            "\"doc\" is not a format of an export; allowed: csv"
+            "\"doc\" is not a format of an export; allowed: csv pdf csv.gz csv.zst jsonl jsonl.gz jsonl.zst xlsx"
         );
+    }
+
+    #[test]
+    fn the_name_of_a_file_tells_what_lies_in_it() {
+        for format in Format::ALL {
+            let kind = FileKind::of(&format!("0190b5f0-7c1e-7d3a-8f00-000000000001.{format}"));
+            assert_eq!(kind.extension(), format.as_str());
+        }
+        assert_eq!(FileKind::of("a.csv.exe"), FileKind::Other);
     }
 }

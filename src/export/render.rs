@@ -1,25 +1,30 @@
 //! Rendering: the timeline in keyset pages, each a short read of its own, into a file.
 //!
 //! What was recorded after the export was asked for is not part of it, so the pages agree with each
-//! other without a snapshot held open for minutes; memory holds one page.
+//! other without a snapshot held open for minutes; memory holds two pages.
 
+use std::ops::RangeInclusive;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
 
 use chrono::TimeDelta;
 use futures_util::FutureExt;
 use tokio::task::{JoinError, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
-use super::csv::Sheet;
 use super::file::{PartFile, Written};
-use super::{Duty, Exporter, Format};
-use crate::domain::UnknownKind;
+use super::writer::{self, Finished, Notes, WriteError, Writer};
+use super::{Duty, Exporter};
+use crate::domain::ContactEvent;
 use crate::storage::{Export, Rendered, StorageError, StorageResult};
 use crate::telemetry::chain;
 
-/// Events in a page: some 200 KB as a rule, and 32 MB where each is as large as it may be.
-const PAGE: u32 = 200;
+/// Events in the first page, when nothing is known of their size.
+const FIRST_PAGE: u32 = 200;
+/// And in those behind, by the size of the one before. As a rule the most: a query's fixed costs hardly
+/// show any more. Where each event is as large as it may be, a page is 8 MB.
+const PAGES: RangeInclusive<usize> = 100..=1000;
+/// The text that a page should hold.
+const PAGE_BYTES: usize = 1024 * 1024;
 /// How long a claim lasts unless it is renewed; a page takes seconds at the very worst.
 pub(super) const CLAIM: TimeDelta = TimeDelta::seconds(60);
 /// Between two renewals, which tell the progress too: an fsync at each page would cost half the speed.
@@ -35,23 +40,15 @@ enum Ending {
     Stopped,
 }
 
-/// What is told of a file beside the row.
-struct Notes {
-    guarded_cells: u64,
-}
-
 #[derive(Debug, thiserror::Error)]
 enum RenderError {
     /// Passes by itself or stops everything: the export waits, and no attempt is spent.
     #[error(transparent)]
     Away(StorageError),
-    /// Another attempt would end the same way.
-    #[error(transparent)]
-    Unknown(#[from] UnknownKind),
     #[error("the export cannot be read from the database")]
     Storage(#[source] StorageError),
-    #[error("the file cannot be written")]
-    File(#[from] std::io::Error),
+    #[error(transparent)]
+    Write(#[from] WriteError),
     #[error("rendering panicked")]
     Panicked,
 }
@@ -87,10 +84,18 @@ impl Exporter {
         let ended = rendering.await.unwrap_or(Err(RenderError::Panicked));
         let elapsed_ms = (self.clock.now() - began).num_milliseconds();
         let error = match ended {
-            Ok(Ending::Finished(Rendered { rows, bytes, .. }, Notes { guarded_cells })) => {
+            Ok(Ending::Finished(Rendered { rows, bytes, .. }, notes)) => {
+                let Notes {
+                    guarded_cells,
+                    redacted_cells,
+                    cut_texts,
+                    missing_glyphs,
+                    left_out,
+                } = notes;
                 tracing::info!(
                     export.id = %export.id, tenant.id = %export.tenant_id, export.attempt = export.attempt,
-                    rows, bytes, guarded_cells, elapsed_ms, "exported {rows} events"
+                    rows, bytes, guarded_cells, redacted_cells, cut_texts, missing_glyphs, left_out, elapsed_ms,
+                    "exported {rows} events"
                 );
                 return Ok(());
             }
@@ -107,7 +112,7 @@ impl Exporter {
         };
         let now = self.clock.now();
         let wait = match &error {
-            RenderError::Unknown(_) => None,
+            RenderError::Write(WriteError::Unknown(_)) => None,
             _ => super::RENDER_RETRY.delay(export.attempt, rand::random()),
         };
         let next_attempt_at = wait.map(|wait| super::after(now, wait));
@@ -137,32 +142,36 @@ impl Exporter {
         export: &Export,
         stop: &CancellationToken,
     ) -> Result<Ending, RenderError> {
-        let Format::Csv = export.request.format.parse()?;
-        let sheet = Arc::new(Sheet::of(&export.request)?);
         // One instant for all pages, so that what expires meanwhile is in all or in none.
         let now = self.clock.now();
         let total = self.store.count_rows(export, now).await?;
         if !self.keep_claim(export, 0, total).await? {
             return Ok(Ending::Lost);
         }
-        let name = format!("{}.{}", export.id, Format::Csv.extension());
-        let mut file = self.begin(&name, sheet.clone()).await?;
-        let (mut rows, mut guarded_cells, mut after) = (0, 0, None);
-        let mut renewed_at = now;
+        let mut writer = self.begin(export, total).await?;
+        let (mut rows, mut renewed_at) = (0, now);
+        let mut page = self.store.rows(export, None, now, FIRST_PAGE).await?;
         loop {
             if stop.is_cancelled() {
                 return Ok(Ending::Stopped);
             }
-            let page = self.store.rows(export, after, now, PAGE).await?;
             let (count, next) = (page.events.len() as u64, page.next);
-            let guarded;
-            (file, guarded) = append(file, sheet.clone(), page.events).await?;
-            rows += count;
-            guarded_cells += guarded;
-            after = next;
-            if after.is_none() {
+            let limit = limit_after(&page.events);
+            // While one page is written, the database is at work on the next.
+            let reading = async {
+                let Some(after) = next else { return Ok(None) };
+                let page = self.store.rows(export, Some(after), now, limit).await?;
+                Ok::<_, StorageError>(Some(page))
+            };
+            let (written, read) = tokio::join!(append(writer, page.events), reading);
+            let taken;
+            (writer, taken) = written?;
+            rows += taken;
+            if taken < count {
                 break;
             }
+            let Some(following) = read? else { break };
+            page = following;
             let at = self.clock.now();
             // Also where the clock stepped back.
             if (at - renewed_at).abs() >= RENEWAL {
@@ -172,7 +181,12 @@ impl Exporter {
                 renewed_at = at;
             }
         }
-        let Written { bytes, sha256 } = spawn_blocking(move || file.finish()).await??;
+        let Finished { written, notes } = spawn_blocking(move || writer.finish()).await??;
+        let Written {
+            name,
+            bytes,
+            sha256,
+        } = written;
         let at = self.clock.now();
         let rendered = Rendered {
             rows,
@@ -188,14 +202,15 @@ impl Exporter {
             .await?
         {
             self.mail_due.notify_one();
-            return Ok(Ending::Finished(rendered, Notes { guarded_cells }));
+            return Ok(Ending::Finished(rendered, notes));
         }
         // Whoever took the claim over writes, or has written, the same name: only a file that
         // nobody will come for is removed.
         let found = self.store.find(&export.tenant_id, export.id).await?;
         if found.is_none_or(|found| found.state == crate::storage::ExportState::Cancelled) {
             let path = self.settings.directory.join(&rendered.file_name);
-            spawn_blocking(move || super::file::remove(&path)).await??;
+            let removed = spawn_blocking(move || super::file::remove(&path)).await?;
+            removed.map_err(WriteError::from)?;
         }
         Ok(Ending::Lost)
     }
@@ -207,28 +222,39 @@ impl Exporter {
             .await
     }
 
-    async fn begin(&self, name: &str, sheet: Arc<Sheet>) -> Result<PartFile, RenderError> {
-        let (directory, name) = (self.settings.directory.clone(), name.to_owned());
-        let worker = self.settings.worker;
+    async fn begin(&self, export: &Export, total: u64) -> Result<Box<dyn Writer>, RenderError> {
+        let (directory, export) = (self.settings.directory.clone(), export.clone());
+        let (worker, paper) = (self.settings.worker, self.settings.paper.clone());
         let begun = spawn_blocking(move || {
-            let mut file = PartFile::create(&directory, &name, worker)?;
-            file.append(&sheet.header())?;
-            Ok::<_, std::io::Error>(file)
+            let file = PartFile::create(&directory, &export.id.to_string(), worker)?;
+            writer::begin(&export, total, &paper, file)
         });
         Ok(begun.await??)
     }
 }
 
-/// Encodes a page and writes it, off the async threads. Answers how many cells were guarded.
+/// How many events the page behind these may have.
+fn limit_after(events: &[ContactEvent]) -> u32 {
+    let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
+    let sizes = events.iter().map(|event| {
+        text(&event.title)
+            + text(&event.description)
+            + event.payload.as_str().len()
+            + event.metadata.as_str().len()
+    });
+    let mean = sizes.sum::<usize>() / events.len().max(1);
+    let limit = (PAGE_BYTES / mean.max(1)).clamp(*PAGES.start(), *PAGES.end());
+    u32::try_from(limit).unwrap_or(FIRST_PAGE)
+}
+
+/// Encodes a page and writes it, off the async threads. Answers how many events were taken.
 async fn append(
-    mut file: PartFile,
-    sheet: Arc<Sheet>,
-    events: Vec<crate::domain::ContactEvent>,
-) -> Result<(PartFile, u64), RenderError> {
+    mut writer: Box<dyn Writer>,
+    events: Vec<ContactEvent>,
+) -> Result<(Box<dyn Writer>, u64), RenderError> {
     let appended = spawn_blocking(move || {
-        let (bytes, guarded) = sheet.rows(&events);
-        file.append(&bytes)?;
-        Ok::<_, std::io::Error>((file, guarded))
+        let taken = writer.page(&events)?;
+        Ok::<_, WriteError>((writer, taken))
     });
     Ok(appended.await??)
 }

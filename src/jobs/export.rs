@@ -1,13 +1,17 @@
 //! The scheduled export: adds one export per contact and wakes the worker that serves the queue.
+//!
+//! Each begins where the last one of the contact that arrived has ended, so that a run that failed or
+//! was missed leaves no gap.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use chrono::TimeDelta;
+use chrono::{DateTime, TimeDelta, Utc};
 use tokio::sync::Notify;
 
 use super::{Ending, Job, JobError, RunContext};
-use crate::config::{ExportJob, Selection};
+use crate::config::{ExportJob, Selection, WhenEmpty};
 use crate::domain::{Clock, ContactId, ExportId, Subject};
 use crate::export::{Format, message_ids};
 use crate::storage::{ExportRequest, ExportStore, NewExport};
@@ -74,9 +78,36 @@ impl ScheduleExports {
     async fn add(&self, context: &RunContext, contacts: &[ContactId]) -> Result<(), JobError> {
         let requested_by = Subject::new(&format!("job {}", self.name))
             .map_err(|error| JobError::Permanent(format!("the job's name: {error}")))?;
-        let exports: Vec<_> = contacts
+        let tenant = &self.settings.tenant;
+        let ends = self
+            .exports
+            .last_ends(tenant, &requested_by, contacts)
+            .await?;
+        let earliest = context.scheduled_at - delta(self.settings.period);
+        let since = |contact: &ContactId| ends.get(contact).copied().unwrap_or(earliest);
+        // What has arrived until then is not sent again, by whichever run.
+        let (due, sent): (Vec<_>, Vec<_>) = contacts
             .iter()
-            .map(|contact| self.export(context, *contact, &requested_by))
+            .map(|contact| (*contact, since(contact)))
+            .partition(|(_, since)| *since < context.scheduled_at);
+        context.report.add("repeated", sent.len() as u64);
+        let chosen: HashSet<ContactId> = match self.settings.when_empty {
+            WhenEmpty::Note => due.iter().map(|(contact, _)| *contact).collect(),
+            WhenEmpty::Skip => {
+                let audience = self.settings.audience;
+                let until = context.scheduled_at;
+                let found = self
+                    .exports
+                    .with_news(tenant, audience, &due, until, self.clock.now());
+                found.await?.into_iter().collect()
+            }
+        };
+        let empty = due.len() - chosen.len();
+        context.report.add("empty", empty as u64);
+        let exports: Vec<_> = due
+            .into_iter()
+            .filter(|(contact, _)| chosen.contains(contact))
+            .map(|(contact, since)| self.export(context, contact, since, &requested_by))
             .collect();
         let there_are = self.exports.create(&exports, context.fence).await?;
         for (export, there_is) in exports.iter().zip(there_are) {
@@ -91,6 +122,7 @@ impl ScheduleExports {
         &self,
         context: &RunContext,
         contact_id: ContactId,
+        since: DateTime<Utc>,
         requested_by: &Subject,
     ) -> NewExport {
         let now = self.clock.now();
@@ -104,7 +136,7 @@ impl ScheduleExports {
                 contact_id,
                 format: Format::from(self.settings.format).to_string(),
                 audience: self.settings.audience,
-                since: Some(context.scheduled_at - delta(self.settings.period)),
+                since: Some(since),
                 until: Some(context.scheduled_at),
                 categories: Vec::new(),
                 timezone: chrono_tz::UTC,

@@ -8,8 +8,8 @@ use uuid::Uuid;
 
 use super::{Fence, StorageResult};
 use crate::domain::{
-    Audience, Category, ContactEvent, ContactId, EventId, EventType, SessionId, Subject, TenantId,
-    Visibility,
+    Audience, Category, ContactEvent, ContactId, EventId, EventType, JsonObject, SessionId,
+    Subject, TenantId, Visibility,
 };
 
 /// Totals are counted exactly up to here; beyond, counting would cost more than the page.
@@ -44,6 +44,20 @@ pub enum Saved {
     Mismatch,
     /// The tenant has another event with this id.
     IdTaken,
+}
+
+/// What became of an event that was imported.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Imported {
+    /// It is durable.
+    Created,
+    /// The tenant has it already. What may change, it has kept: visibility, expiry and receipts.
+    Existing,
+    /// The tenant has another event with this id, which stays as it is.
+    Conflict {
+        /// The fields in which they differ; none where the other one cannot be read.
+        fields: Vec<&'static str>,
+    },
 }
 
 /// Through whose eyes events are read.
@@ -255,6 +269,16 @@ pub trait EventRepository: Send + Sync + 'static {
     /// Saves events of a tenant in one transaction; durable when it returns. Answers in the order
     /// given.
     async fn save(&self, tenant: &TenantId, batch: Vec<Recording>) -> StorageResult<Vec<Saved>>;
+
+    /// Saves events of a tenant that were recorded elsewhere, in one transaction; durable when it
+    /// returns. They keep their times, and what was delivered or read stays so, by the word of `by`: it
+    /// does not wait again. Answers in the order given.
+    async fn import(
+        &self,
+        tenant: &TenantId,
+        events: Vec<ContactEvent>,
+        by: &Subject,
+    ) -> StorageResult<Vec<Imported>>;
 
     /// Changes visibility or expiry, moves the delivery accordingly and leaves an audit row.
     /// `None` where the tenant has no such event.
@@ -559,6 +583,102 @@ pub(super) fn unused_keys<'b>(
         }
     }
     unused.into_iter().collect()
+}
+
+/// The receipts of events that were imported: whose they are, to whom it was delivered, and when.
+pub(super) struct Receipts {
+    pub(super) delivered: Vec<(EventId, Audience, DateTime<Utc>)>,
+    pub(super) read: Vec<(EventId, DateTime<Utc>)>,
+}
+
+impl Receipts {
+    /// Those of the events that `saved` calls created.
+    pub(super) fn of(batch: &[Recording], saved: &[Saved]) -> Self {
+        let created = || {
+            let created = batch.iter().zip(saved);
+            created
+                .filter(|(_, saved)| **saved == Saved::Created)
+                .map(|(recording, _)| &recording.event)
+        };
+        let delivered = created().filter_map(|event| {
+            // Whom the trigger lets it wait for.
+            let audience = if event.visibility.client {
+                Audience::Client
+            } else {
+                Audience::Agent
+            };
+            Some((event.id, audience, event.delivery.delivered_at()?))
+        });
+        Self {
+            delivered: delivered.collect(),
+            read: created()
+                .filter_map(|event| Some((event.id, event.read_at?)))
+                .collect(),
+        }
+    }
+}
+
+/// The ids of a batch that were taken.
+pub(super) fn taken_ids(batch: &[Recording], saved: &[Saved]) -> Vec<EventId> {
+    let taken = batch.iter().zip(saved);
+    taken
+        .filter(|(_, saved)| **saved == Saved::IdTaken)
+        .map(|(recording, _)| recording.event.id)
+        .collect()
+}
+
+/// What became of a batch; `found` are the events whose ids were taken.
+pub(super) fn imported(
+    batch: &[Recording],
+    saved: &[Saved],
+    found: Vec<ContactEvent>,
+) -> Vec<Imported> {
+    let found: HashMap<EventId, ContactEvent> =
+        (found.into_iter()).map(|event| (event.id, event)).collect();
+    let judge = |(Recording { event, .. }, saved): (&Recording, &Saved)| {
+        if *saved == Saved::Created {
+            return Imported::Created;
+        }
+        let Some(found) = found.get(&event.id) else {
+            return Imported::Conflict { fields: Vec::new() };
+        };
+        let fields = differences(found, event);
+        if fields.is_empty() {
+            Imported::Existing
+        } else {
+            Imported::Conflict { fields }
+        }
+    };
+    batch.iter().zip(saved).map(judge).collect()
+}
+
+/// The fields in which two events differ, of those that never change.
+fn differences(one: &ContactEvent, other: &ContactEvent) -> Vec<&'static str> {
+    let same_object =
+        |one: &JsonObject, other: &JsonObject| one.in_one_line() == other.in_one_line();
+    [
+        ("contact_id", one.contact_id == other.contact_id),
+        ("session_id", one.session_id == other.session_id),
+        ("event_type", one.event_type == other.event_type),
+        ("category", one.category == other.category),
+        ("priority", one.priority == other.priority),
+        ("source", one.source == other.source),
+        ("title", one.title == other.title),
+        ("description", one.description == other.description),
+        ("payload", same_object(&one.payload, &other.payload)),
+        ("metadata", same_object(&one.metadata, &other.metadata)),
+        ("triggered_by", one.triggered_by == other.triggered_by),
+        (
+            "integration_source",
+            one.integration_source == other.integration_source,
+        ),
+        ("is_realtime", one.is_realtime == other.is_realtime),
+        ("occurred_at", one.occurred_at == other.occurred_at),
+        ("created_at", one.created_at == other.created_at),
+    ]
+    .into_iter()
+    .filter_map(|(field, is_same)| (!is_same).then_some(field))
+    .collect()
 }
 
 /// The interval of `since` and `until`, whole where they are not set.

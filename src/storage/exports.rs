@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::ledger::{Fence, optional_time};
+use super::ledger::{Fence, optional_time, time};
 use super::{StorageError, StorageResult};
 use crate::domain::{Audience, Category, ContactId, ExportId, Subject, TenantId};
 
@@ -44,6 +44,18 @@ crate::domain::closed_set!(
         Uncertain = "uncertain",
         /// Refused for good.
         Dead = "dead",
+    }
+);
+
+crate::domain::closed_set!(
+    /// What somebody did to an export after asking for it.
+    ExportDeed, "action on an export", {
+        /// It was ended.
+        Cancelled = "cancelled",
+        /// It was mailed anew.
+        Resent = "resent",
+        /// Its file and links were taken away.
+        Deleted = "deleted",
     }
 );
 
@@ -130,8 +142,58 @@ pub struct Export {
     pub file_name: Option<String>,
     /// Why it failed, or why the last attempt did.
     pub error: Option<String>,
+    /// How often the file was fetched, with a token or by a link.
+    pub downloads: u64,
+    /// When it was fetched last.
+    pub last_download_at: Option<DateTime<Utc>>,
     /// The mails.
     pub deliveries: Vec<ExportDelivery>,
+    /// The links that mails carry.
+    pub links: Vec<ExportLink>,
+    /// What was done to it, and by whom, in that order.
+    pub actions: Vec<ExportAction>,
+}
+
+/// A link to the file; the link itself is known only to its recipient.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ExportLink {
+    /// The mail that carries it.
+    pub message_id: String,
+    /// When it was made.
+    #[serde(serialize_with = "time")]
+    pub created_at: DateTime<Utc>,
+    /// From when on it leads nowhere.
+    #[serde(serialize_with = "time")]
+    pub expires_at: DateTime<Utc>,
+    /// Since when it leads nowhere, because somebody said so.
+    #[serde(serialize_with = "optional_time")]
+    pub revoked_at: Option<DateTime<Utc>>,
+    /// How often it was followed.
+    pub downloads: u64,
+    /// When it was followed last.
+    #[serde(serialize_with = "optional_time")]
+    pub last_download_at: Option<DateTime<Utc>>,
+}
+
+/// What somebody did to an export.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ExportAction {
+    /// When.
+    #[serde(serialize_with = "time")]
+    pub at: DateTime<Utc>,
+    /// What.
+    pub action: ExportDeed,
+    /// Who.
+    pub by: Subject,
+}
+
+/// A mail that is to be sent anew.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewMail {
+    /// The address.
+    pub to: String,
+    /// Its `Message-ID`, which no mail has had.
+    pub message_id: String,
 }
 
 /// One recipient's mail.
@@ -354,6 +416,58 @@ pub trait ExportStore: Send + Sync + 'static {
         now: DateTime<Utc>,
     ) -> StorageResult<()>;
 
+    /// Remembers that the claimed mail carries a link with this hash. Harmless to repeat; nothing
+    /// where the file has gone meanwhile.
+    async fn add_link(
+        &self,
+        claimed: &ClaimedDelivery,
+        hash: &str,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()>;
+
+    /// The export that the link with this hash leads to: if it is not revoked, and neither it nor
+    /// the file has expired.
+    async fn linked(&self, hash: &str, now: DateTime<Utc>) -> StorageResult<Option<Export>>;
+
+    /// Counts a download of the file, by the link with that hash if by one.
+    async fn downloaded(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        link: Option<&str>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()>;
+
+    /// Ends an export of which nothing has been sent: its mails, file and links too. False where it
+    /// is neither queued nor running.
+    async fn cancel(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool>;
+
+    /// Adds mails of a file that is there. False where it is not, or is still being sent.
+    async fn resend(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        mails: &[NewMail],
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool>;
+
+    /// Lets the file and the links of an ended export expire now, and its mails end. The row stays.
+    /// False where it is queued or running.
+    async fn discard(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool>;
+
     /// Gives back at once what `worker` holds, without counting the attempt.
     async fn release(&self, worker: Uuid) -> StorageResult<()>;
 
@@ -375,6 +489,26 @@ pub trait ExportStore: Send + Sync + 'static {
 
     /// How many rows an export will have.
     async fn count_rows(&self, export: &Export, now: DateTime<Utc>) -> StorageResult<u64>;
+
+    /// Where the exports that `by` asked for ended, for each of `contacts` of whom one has arrived:
+    /// rendered, and mailed to at least one.
+    async fn last_ends(
+        &self,
+        tenant: &TenantId,
+        by: &Subject,
+        contacts: &[ContactId],
+    ) -> StorageResult<HashMap<ContactId, DateTime<Utc>>>;
+
+    /// Those contacts, each with an instant of its own, to whom something happened since and before
+    /// `until` that the audience sees.
+    async fn with_news(
+        &self,
+        tenant: &TenantId,
+        audience: Audience,
+        contacts: &[(ContactId, DateTime<Utc>)],
+        until: DateTime<Utc>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Vec<ContactId>>;
 
     /// The contacts of a tenant with an event since, optionally of one category, in order; behind
     /// `after`.

@@ -46,6 +46,11 @@ macro_rules! migrations {
                 "erasures",
                 include_str!(concat!("../../migrations/", $engine, "/0007_erasures.sql")),
             ),
+            (
+                8,
+                "links",
+                include_str!(concat!("../../migrations/", $engine, "/0008_links.sql")),
+            ),
         ]
     };
 }

@@ -26,12 +26,13 @@ pub use alerts::{AlertKind, AlertMail, AlertStore, Failures, JobAlert, MailEnd, 
 pub use erasure::{ErasedEvent, Erasure, ErasureState, ErasureStore, Survey};
 pub use error::{StorageError, StorageResult};
 pub use events::{
-    Backlog, Change, EventRepository, Filter, Idempotency, Key, MAX_EXACT_TOTAL, Page, Position,
-    Receipt, Recording, Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View,
+    Backlog, Change, EventRepository, Filter, Idempotency, Imported, Key, MAX_EXACT_TOTAL, Page,
+    Position, Receipt, Recording, Saved, Slice, Tail, TailEntry, TailMark, Undelivered, View,
 };
 pub use exports::{
-    ClaimedDelivery, DeliveryOutcome, DeliveryState, Export, ExportDelivery, ExportRequest,
-    ExportState, ExportStore, NewExport, OldFile, Rendered,
+    ClaimedDelivery, DeliveryOutcome, DeliveryState, Export, ExportAction, ExportDeed,
+    ExportDelivery, ExportLink, ExportRequest, ExportState, ExportStore, NewExport, NewMail,
+    OldFile, Rendered,
 };
 pub use ledger::{
     Claim, Counts, Fence, Finish, Glance, JobAction, JobLedger, LEASE, Pause, Renewed, Run,

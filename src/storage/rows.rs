@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::alerts::{AlertMail, JobAlert};
 use super::erasure::{ErasedEvent, Erasure};
 use super::events::{Key, KnownKey, Receipt, Slice, Undelivered};
-use super::exports::{Export, ExportDelivery, ExportRequest, OldFile};
+use super::exports::{Export, ExportAction, ExportDelivery, ExportLink, ExportRequest, OldFile};
 use super::ledger::{Counts, Fence, JobAction, Pause, Renewed, Run, RunState, SKIPPED, Settled};
 use super::retention::{DeletionEntry, Hold};
 use super::{StorageError, StorageResult};
@@ -197,6 +197,46 @@ pub(super) fn slice<R: Columns>(rows: &[R], limit: u32) -> Slice {
     Slice {
         events: events(page),
         next,
+    }
+}
+
+/// A page that is read row by row, so that the database goes on meanwhile; like [`slice`].
+pub(super) struct Slicing {
+    limit: usize,
+    rows: usize,
+    events: Vec<ContactEvent>,
+    last: Option<Key>,
+}
+
+impl Slicing {
+    pub(super) fn new(limit: u32) -> Self {
+        let limit = limit as usize;
+        Self {
+            limit,
+            rows: 0,
+            events: Vec::with_capacity(limit),
+            last: None,
+        }
+    }
+
+    pub(super) fn push<R: Columns>(&mut self, row: &R) {
+        self.rows += 1;
+        if self.rows > self.limit {
+            return;
+        }
+        if let Some(event) = readable(row, event(row)) {
+            self.last = Some(Key::from(&event));
+            self.events.push(event);
+        } else {
+            self.last = key(row).ok().or(self.last);
+        }
+    }
+
+    pub(super) fn end(self) -> Slice {
+        Slice {
+            next: self.last.filter(|_| self.rows > self.limit),
+            events: self.events,
+        }
     }
 }
 
@@ -505,7 +545,11 @@ pub(super) fn export<R: Columns>(row: &R) -> StorageResult<Export> {
         sha256: row.maybe_text("sha256")?,
         file_name: row.maybe_text("file_name")?,
         error: row.maybe_text("error")?,
+        downloads: row.count("downloads")?,
+        last_download_at: row.maybe_time("last_download_at")?,
         deliveries: Vec::new(),
+        links: Vec::new(),
+        actions: Vec::new(),
     })
 }
 
@@ -544,8 +588,60 @@ pub(super) fn delivery<R: Columns>(row: &R) -> StorageResult<(ExportId, ExportDe
 pub(super) fn attach(exports: &mut [Export], deliveries: Vec<(ExportId, ExportDelivery)>) {
     for (id, delivery) in deliveries {
         if let Some(export) = exports.iter_mut().find(|export| export.id == id) {
-            export.request.to.push(delivery.to.clone());
+            // One who got it again is named once.
+            if !export.request.to.contains(&delivery.to) {
+                export.request.to.push(delivery.to.clone());
+            }
             export.deliveries.push(delivery);
+        }
+    }
+}
+
+/// Reads a link, with the export that it leads to.
+pub(super) fn export_link<R: Columns>(row: &R) -> StorageResult<(ExportId, ExportLink)> {
+    let row = Reader {
+        row,
+        table: "export_links",
+    };
+    let link = ExportLink {
+        message_id: row.text("message_id")?,
+        created_at: row.time("created_at")?,
+        expires_at: row.time("expires_at")?,
+        revoked_at: row.maybe_time("revoked_at")?,
+        downloads: row.count("downloads")?,
+        last_download_at: row.maybe_time("last_download_at")?,
+    };
+    Ok((row.id("export_id", ExportId::new)?, link))
+}
+
+/// Puts links to their exports.
+pub(super) fn attach_links(exports: &mut [Export], links: Vec<(ExportId, ExportLink)>) {
+    for (id, link) in links {
+        if let Some(export) = exports.iter_mut().find(|export| export.id == id) {
+            export.links.push(link);
+        }
+    }
+}
+
+/// Reads what was done to an export, with the export.
+pub(super) fn export_action<R: Columns>(row: &R) -> StorageResult<(ExportId, ExportAction)> {
+    let row = Reader {
+        row,
+        table: "export_actions",
+    };
+    let action = ExportAction {
+        at: row.time("at")?,
+        action: row.parsed("action")?,
+        by: row.parsed("actor")?,
+    };
+    Ok((row.id("export_id", ExportId::new)?, action))
+}
+
+/// Puts what was done to exports to them.
+pub(super) fn attach_actions(exports: &mut [Export], actions: Vec<(ExportId, ExportAction)>) {
+    for (id, action) in actions {
+        if let Some(export) = exports.iter_mut().find(|export| export.id == id) {
+            export.actions.push(action);
         }
     }
 }
@@ -590,6 +686,20 @@ pub(super) fn contact<R: Columns>(row: &R) -> StorageResult<ContactId> {
         table: "contact_events",
     }
     .id("contact_id", ContactId::new)
+}
+
+/// Reads until when exports of contacts reach, by contact.
+pub(super) fn ends_by_contact<R: Columns>(
+    rows: &[R],
+) -> StorageResult<HashMap<ContactId, DateTime<Utc>>> {
+    let read = |row| {
+        let row = Reader {
+            row,
+            table: "exports",
+        };
+        Ok((row.id("contact_id", ContactId::new)?, row.time("until")?))
+    };
+    rows.iter().map(read).collect()
 }
 
 /// Reads exports' ids by their tenant and request key.

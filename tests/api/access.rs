@@ -4,15 +4,16 @@ use std::collections::BTreeSet;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use chrono::TimeDelta;
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use reqwest::{Method, RequestBuilder};
 use serde_json::{Value, json};
-use timelined::domain::RunId;
+use timelined::domain::{Audience, ExportId, RunId};
 use timelined::storage::sqlite::SqliteStorage;
-use timelined::storage::{Counts, Run, RunState, Storage, Trigger};
+use timelined::storage::{Counts, ExportRequest, NewExport, Run, RunState, Storage, Trigger};
 
 use super::ask::{PATIENCE, assert_calm, body, get, id_of, now, post_json, record, send};
-use crate::support::builders::{contact, session, subject};
+use crate::support::builders::{acme, contact, session, subject};
 use crate::support::daemon::{KEY, TestDaemon, agent, eventually, service};
 
 /// A route and what it answers.
@@ -91,9 +92,15 @@ impl Route {
     }
 }
 
-/// Every route. `event` is a realtime one that the client may see, `export` one that is done; of the
-/// runs one is `waiting`, the other has `failed`.
-fn routes(event: &str, export: &str, waiting: &str, failed: &str) -> Vec<Route> {
+/// Every route. `event` is a realtime one that the client may see, `export` one that is done, to which
+/// `link` leads, and no worker takes the `unserved` one; of the runs one is `waiting`, the other has
+/// `failed`.
+fn routes(
+    event: &str,
+    export: &str,
+    [unserved, link]: [&str; 2],
+    [waiting, failed]: [&str; 2],
+) -> Vec<Route> {
     let (get, post) = (Method::GET, Method::POST);
     let contact_of_no_other_route = contact(99);
     let contact = contact(1).to_string();
@@ -184,6 +191,27 @@ fn routes(event: &str, export: &str, waiting: &str, failed: &str) -> Vec<Route> 
             &[&contact_of_no_other_route.to_string()],
             [403, 403, 200, 403],
         ),
+        route(
+            post.clone(),
+            "/api/v1/exports/{id}/resend",
+            &[export],
+            [403, 202, 202, 403],
+        )
+        .body(json!({ "to": ["rui@example.com"] })),
+        route(
+            post.clone(),
+            "/api/v1/exports/{id}/cancel",
+            &[unserved],
+            [403, 200, 200, 403],
+        ),
+        route(
+            Method::DELETE,
+            "/api/v1/exports/{id}",
+            &[unserved],
+            [403, 204, 204, 403],
+        ),
+        // Whoever has the link: nothing else is asked for.
+        route(get.clone(), "/d/{link}", &[link], [200; 4]).strangers(200, 200),
         route(post.clone(), "/api/v1/holds", &[], [403, 403, 201, 403])
             .body(json!({ "contact_id": contact_of_no_other_route })),
         route(get.clone(), "/api/v1/holds", &[], [403, 403, 200, 403]),
@@ -350,7 +378,8 @@ async fn populated() -> (TestDaemon, Vec<Route>) {
     let more = json!({ "visible_to_client": true, "is_realtime": true, "session_id": session(1) });
     let event = record(&daemon, contact(1), more).await;
     let path = format!("/api/v1/contacts/{}/exports", contact(1));
-    let export = post_json(&daemon, &path, &agent("acme"), &json!({ "format": "csv" })).await;
+    let asked = json!({ "format": "csv", "to": ["ana@example.com"], "attach": false });
+    let export = post_json(&daemon, &path, &agent("acme"), &asked).await;
     let href = export.json()["href"].as_str().unwrap().to_owned();
     eventually("the export is done", PATIENCE, async || {
         get(&daemon, &href, &agent("acme")).await.json()["state"] == "done"
@@ -358,8 +387,52 @@ async fn populated() -> (TestDaemon, Vec<Route>) {
     .await;
     let export = export.json();
     let [waiting, failed] = runs(&daemon).await;
-    let routes = routes(id_of(&event), id_of(&export), &waiting, &failed);
+    let routes = routes(
+        id_of(&event),
+        id_of(&export),
+        [&unserved(&daemon).await, &link(&daemon)],
+        [&waiting, &failed],
+    );
     (daemon, routes)
+}
+
+/// An export that no worker takes, since it is asked for tomorrow.
+async fn unserved(daemon: &TestDaemon) -> String {
+    let file = daemon.settings().state().join("timelined.db");
+    let storage = Storage::sqlite(SqliteStorage::open(&file, true).await.unwrap());
+    let id = ExportId::generate(now());
+    let export = NewExport {
+        id,
+        tenant_id: acme(),
+        request: ExportRequest {
+            contact_id: contact(1),
+            format: "csv".to_owned(),
+            audience: Audience::Client,
+            since: None,
+            until: None,
+            categories: Vec::new(),
+            timezone: chrono_tz::UTC,
+            redact: Vec::new(),
+            to: Vec::new(),
+            attach: true,
+        },
+        requested_by: subject("crm"),
+        request_key: None,
+        message_ids: Vec::new(),
+        created_at: now() + TimeDelta::days(1),
+    };
+    storage.exports.create_one(&export).await.unwrap();
+    storage.close().await;
+    id.to_string()
+}
+
+/// The link in the only mail so far.
+fn link(daemon: &TestDaemon) -> String {
+    let outbox = daemon.settings().state().join("outbox");
+    let mut mails = std::fs::read_dir(outbox).unwrap();
+    let mail = std::fs::read_to_string(mails.next().unwrap().unwrap().path()).unwrap();
+    let (_, rest) = mail.split_once("/d/").unwrap();
+    rest.chars().take(22).collect()
 }
 
 /// Two runs of the purge: one that waits, since the purge is paused, and one that has failed.
@@ -484,7 +557,7 @@ fn the_table_has_every_route_of_the_router() {
         let code = std::fs::read_to_string(&path).unwrap();
         for rest in code.split(".route(").skip(1) {
             let pattern = rest.split('"').nth(1).unwrap();
-            let prefix = if path.ends_with("ops.rs") {
+            let prefix = if path.ends_with("ops.rs") || path.ends_with("links.rs") {
                 ""
             } else {
                 "/api/v1"
@@ -494,7 +567,7 @@ fn the_table_has_every_route_of_the_router() {
     }
     // It has a listener of its own.
     assert!(in_code.remove("/metrics"));
-    let in_table: BTreeSet<String> = routes("id", "id", "id", "id")
+    let in_table: BTreeSet<String> = routes("id", "id", ["id"; 2], ["id"; 2])
         .iter()
         .map(|route| route.pattern.to_owned())
         .collect();
@@ -517,7 +590,7 @@ async fn what_is_no_route_is_404_and_another_method_405() {
             .problem(404, path);
     }
     let id = contact(1).to_string();
-    for route in routes(&id, &id, &id, &id) {
+    for route in routes(&id, &id, [&id; 2], [&id; 2]) {
         let request = daemon.http.put(daemon.url(&route.path));
         let answer = send(request.bearer_auth(token(&claims("service")))).await;
         answer.problem(405, route.pattern);
@@ -533,7 +606,7 @@ async fn what_is_no_route_is_404_and_another_method_405() {
 #[tokio::test]
 async fn a_foreign_page_opens_no_socket() {
     let daemon = TestDaemon::start();
-    let routes = routes("id", "id", "id", "id");
+    let routes = routes("id", "id", ["id"; 2], ["id"; 2]);
     let route = routes
         .iter()
         .find(|route| route.pattern.ends_with("realtime"))

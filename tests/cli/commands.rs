@@ -118,8 +118,8 @@ fn wrong_arguments_end_with_2_and_say_what_is_right() {
             "cannot be used with",
         ),
         (
-            export(&["--output", "f", "--format", "pdf"]),
-            "\"pdf\" is not a format of an export; allowed: csv",
+            export(&["--output", "f", "--format", "doc"]),
+            "\"doc\" is not a format of an export; allowed: csv pdf",
         ),
         (export(&["--to", "nobody"]), "--to <ADDRESS>"),
         (
@@ -549,7 +549,7 @@ on_both_engines! {
     async fn an_old_schema_is_refused_where_the_daemon_may_not_migrate_and_migrate_brings_it_up(db) {
         let settings = on(db).await.env("TIMELINED__DATABASE__MIGRATE", "false");
         run(&settings, &["jobs", "list"]).done();
-        db.execute("drop table export_deliveries; drop table exports; delete from _sqlx_migrations where version = 3").await.unwrap();
+        db.execute("drop table export_actions; drop table export_links; drop table export_deliveries; drop table exports; delete from _sqlx_migrations where version in (3, 8)").await.unwrap();
         run(&settings, &["run"]).failed_saying(
             1,
             "timelined: cannot use the database: the schema is not ready: migration 3 (exports) is missing; run `timelined migrate`",

@@ -145,3 +145,17 @@ fn a_mail_that_no_server_will_take_is_a_failure() {
     )
     .failed_saying(1, "550");
 }
+
+#[test]
+fn an_export_to_another_domain_than_the_configured_ones_is_a_wrong_use() {
+    let settings = Settings::new().env("TIMELINED__MAIL__ALLOWED_DOMAINS", "globex:example.com");
+    let to = [
+        "export",
+        CONTACT,
+        "--tenant",
+        "acme",
+        "--to",
+        "ana@example.com",
+    ];
+    run(&settings, &to).failed_saying(2, "mail.allowed_domains");
+}

@@ -101,6 +101,7 @@ impl<'a> Installation<'a> {
             from,
             max_attachment: 0,
             uncertain: Uncertain::Retry,
+            allowed_domains: config::AllowedDomains::default(),
         };
         AlertSettings {
             store: self.db.alerts.clone(),

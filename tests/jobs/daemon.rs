@@ -634,7 +634,11 @@ async fn a_scheduled_export_mails_each_contact_once_a_run() {
             "[[jobs]]\nname = \"{name}\"\nkind = \"timeline_export\"\n{NEVER}\ntenant = \"acme\"\naudience = \"agent\"\n{which}\nto = [\"ops@example.com\"]\n"
         )
     };
-    let by_name = job("weekly", &format!("contacts = {contacts:?}"));
+    // One of the three has no events, and its mail says so.
+    let by_name = job(
+        "weekly",
+        &format!("contacts = {contacts:?}\nwhen_empty = \"note\""),
+    );
     let active = job("active", "select = { active_since = \"1h\" }");
     let mut daemon = Settings::new()
         .config(&format!("{by_name}{active}"))

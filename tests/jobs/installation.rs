@@ -33,7 +33,7 @@ fn blows() -> (usize, usize) {
 
 fn job(name: &str, contact: &str) -> String {
     format!(
-        "[[jobs]]\nname = \"{name}\"\nkind = \"timeline_export\"\nevery = \"1s\"\ntenant = \"acme\"\ncontacts = [\"{contact}\"]\naudience = \"agent\"\nto = [\"ops@example.com\"]\n\n"
+        "[[jobs]]\nname = \"{name}\"\nkind = \"timeline_export\"\nevery = \"1s\"\ntenant = \"acme\"\ncontacts = [\"{contact}\"]\naudience = \"agent\"\nto = [\"ops@example.com\"]\nwhen_empty = \"note\"\n\n"
     )
 }
 

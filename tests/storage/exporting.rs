@@ -689,4 +689,146 @@ on_both_engines! {
         }
         assert_eq!(found, everyone);
     }
+
+    async fn a_cancelled_export_ends_with_its_mails_file_and_links_and_says_who_did_it(db) {
+        let export = rendered(db, &[A, B]).await;
+        let first = claim_mail(db, t0()).await.unwrap();
+        db.exports.add_link(&first, "aa", t0()).await.unwrap();
+        db.exports.add_link(&first, "aa", t0() + minutes(1)).await.unwrap();
+        assert_eq!(db.exports.linked("aa", t0()).await.unwrap().unwrap().id, export.id);
+        let cancel = async || db.exports.cancel(&acme(), export.id, &subject("ana"), t0()).await.unwrap();
+        assert!(cancel().await);
+        assert!(!cancel().await, "it has ended");
+        let now = find(db, export.id).await;
+        assert_eq!((now.state, now.finished_at), (ExportState::Cancelled, Some(t0())));
+        let states: Vec<_> = now.deliveries.iter().map(|mail| mail.state).collect();
+        assert_eq!(states, [DeliveryState::Sending, DeliveryState::Dead]);
+        assert_eq!(now.links.len(), 1);
+        assert_eq!((now.links[0].created_at, now.links[0].revoked_at), (t0(), Some(t0())));
+        assert!(db.exports.linked("aa", t0()).await.unwrap().is_none());
+        let by: Vec<_> = now.actions.iter().map(|done| (done.action, done.by.as_str(), done.at)).collect();
+        assert_eq!(by, [(timelined::storage::ExportDeed::Cancelled, "ana", t0())]);
+        // What was under way when it was cancelled ends as it does, and changes nothing.
+        end(db, &first, DeliveryOutcome::Sent { at: t0() }, t0()).await;
+        assert_eq!(find(db, export.id).await.state, ExportState::Cancelled);
+        let old = db.exports.old_files(t0(), 10).await.unwrap();
+        assert_eq!(old.len(), 1, "the file is to go now");
+        db.exports.expire(&old).await.unwrap();
+        let now = find(db, export.id).await;
+        assert_eq!((now.state, now.file_name), (ExportState::Cancelled, None));
+        assert!(!db.exports.discard(&globex(), export.id, &subject("ana"), t0()).await.unwrap());
+    }
+
+    async fn a_cancelled_export_is_not_rendered_and_its_worker_loses_it(db) {
+        let waiting = create(db, request(&[A])).await;
+        assert!(db.exports.cancel(&acme(), waiting.id, &subject("ana"), t0()).await.unwrap());
+        let running = create(db, request(&[])).await;
+        let claimed = db.exports.claim_render(worker(1), t0(), t0() + minutes(1)).await.unwrap().unwrap();
+        assert_eq!(claimed.id, running.id, "the cancelled one is passed over");
+        assert!(!db.exports.discard(&acme(), running.id, &subject("ana"), t0()).await.unwrap());
+        assert!(db.exports.cancel(&acme(), running.id, &subject("ana"), t0()).await.unwrap());
+        assert!(!db.exports.progress(&claimed, worker(1), 1, 2, t0() + minutes(2)).await.unwrap());
+        assert!(!db.exports.rendered(&claimed, worker(1), &file(t0())).await.unwrap());
+    }
+
+    async fn a_link_ends_with_its_file_is_counted_and_goes_with_the_export(db) {
+        let export = rendered(db, &[A]).await;
+        let mail = claim_mail(db, t0()).await.unwrap();
+        db.exports.add_link(&mail, "aa", t0()).await.unwrap();
+        let leads = async |now| db.exports.linked("aa", now).await.unwrap().is_some();
+        assert!(leads(t0() + days(7) - MICRO).await);
+        assert!(!leads(t0() + days(7)).await);
+        assert!(db.exports.linked("ab", t0()).await.unwrap().is_none());
+        db.exports.downloaded(&acme(), export.id, Some("aa"), t0()).await.unwrap();
+        db.exports.downloaded(&acme(), export.id, None, t0() + minutes(1)).await.unwrap();
+        let now = find(db, export.id).await;
+        assert_eq!((now.downloads, now.last_download_at), (2, Some(t0() + minutes(1))));
+        assert_eq!((now.links[0].downloads, now.links[0].last_download_at), (1, Some(t0())));
+        end(db, &mail, DeliveryOutcome::Sent { at: t0() }, t0()).await;
+        assert!(db.exports.discard(&acme(), export.id, &subject("ana"), t0() + minutes(2)).await.unwrap());
+        assert!(!leads(t0()).await, "revoked");
+        // A mail that was still under way when the file was taken away gets none.
+        db.exports.add_link(&mail, "ab", t0() + minutes(2)).await.unwrap();
+        assert!(db.exports.linked("ab", t0()).await.unwrap().is_none());
+    }
+
+    async fn mails_that_go_anew_stand_behind_the_others_and_bring_a_failed_export_back(db) {
+        let export = rendered(db, &[A]).await;
+        let mail = |to: &str, id: &str| timelined::storage::NewMail { to: to.to_owned(), message_id: id.to_owned() };
+        let again = [mail(A, "again.1"), mail(B, "again.2")];
+        let resend = async |now| db.exports.resend(&acme(), export.id, &again, &subject("ana"), now).await.unwrap();
+        assert!(!resend(t0()).await, "its first mail is still to go");
+        let first = claim_mail(db, t0()).await.unwrap();
+        end(db, &first, dead(), t0()).await;
+        assert_eq!(find(db, export.id).await.state, ExportState::Failed);
+        assert!(!resend(t0() + days(7)).await, "the file has expired");
+        assert!(resend(t0()).await);
+        let now = find(db, export.id).await;
+        assert_eq!((now.state, now.finished_at, now.error), (ExportState::Running, None, None));
+        assert_eq!(now.request.to, [A, B]);
+        let ids: Vec<_> = now.deliveries.iter().map(|mail| mail.message_id.clone()).collect();
+        assert_eq!(ids, [first.delivery.message_id.as_str(), "again.1", "again.2"]);
+        for _ in 0..2 {
+            let claimed = claim_mail(db, t0()).await.unwrap();
+            end(db, &claimed, DeliveryOutcome::Sent { at: t0() }, t0()).await;
+        }
+        let now = find(db, export.id).await;
+        assert_eq!(now.state, ExportState::Done);
+        let states: Vec<_> = now.deliveries.iter().map(|mail| mail.state).collect();
+        assert_eq!(states, [DeliveryState::Dead, DeliveryState::Sent, DeliveryState::Sent]);
+    }
+
+    async fn the_next_export_begins_where_the_last_one_that_arrived_has_ended(db) {
+        let ordered = async |number, until, by: &str| {
+            let mut new = asked(ExportRequest { contact_id: contact(number), until: Some(until), ..request(&[A]) }, t0());
+            new.requested_by = subject(by);
+            db.exports.create_one(&new).await.unwrap();
+            let claimed = db.exports.claim_render(worker(1), t0(), t0() + minutes(1)).await.unwrap().unwrap();
+            assert!(db.exports.rendered(&claimed, worker(1), &file(t0())).await.unwrap());
+            claim_mail(db, t0()).await.unwrap()
+        };
+        let sent = || DeliveryOutcome::Sent { at: t0() };
+        for (number, until, by, outcome) in [
+            (1, t0() - days(2), "job weekly", sent()),
+            (1, t0() - days(1), "job weekly", sent()),
+            (1, t0(), "job daily", sent()),
+            (2, t0(), "job weekly", dead()),
+            (3, t0(), "job weekly", again(DeliveryState::Deferred, t0() + hours(1))),
+        ] {
+            let claimed = ordered(number, until, by).await;
+            end(db, &claimed, outcome, t0()).await;
+        }
+        let contacts = [1, 2, 3, 4].map(contact);
+        let ends = async || db.exports.last_ends(&acme(), &subject("job weekly"), &contacts).await.unwrap();
+        assert_eq!(ends().await, std::collections::HashMap::from([(contact(1), t0() - days(1))]));
+        let old = db.exports.old_files(t0() + days(7), 10).await.unwrap();
+        assert_eq!(old.len(), 5);
+        db.exports.expire(&old).await.unwrap();
+        assert_eq!(ends().await, std::collections::HashMap::from([(contact(1), t0() - days(1))]), "expired is not failed");
+        let foreign = db.exports.last_ends(&globex(), &subject("job weekly"), &contacts).await.unwrap();
+        assert_eq!(foreign, std::collections::HashMap::new());
+    }
+
+    async fn news_are_what_the_audience_sees_within_the_contacts_own_period(db) {
+        let event = |number, at| event_of(contact(number)).occurred_at(at);
+        let (since, until) = (t0() - hours(2), t0() - hours(1));
+        db.given(&acme(), [
+            event(1, since).visible_to_client(true).recorded(),
+            event(2, until).visible_to_client(true).recorded(),
+            event(2, since - MICRO).visible_to_client(true).recorded(),
+            event(3, since).recorded(),
+            event(4, since).visible_to_client(true).expires_at(t0() + minutes(1)).recorded(),
+            event(5, since).visible_to_client(true).recorded(),
+        ]).await;
+        let mut contacts: Vec<_> = [5, 4, 3, 2, 1, 6].map(|number| (contact(number), since)).to_vec();
+        contacts[0].1 = since + MICRO;
+        let news = async |audience, now| {
+            db.exports.with_news(&acme(), audience, &contacts, until, now).await.unwrap()
+        };
+        assert_eq!(news(Audience::Client, t0()).await, [contact(4), contact(1)]);
+        assert_eq!(news(Audience::Client, t0() + minutes(1)).await, [contact(1)]);
+        assert_eq!(news(Audience::Agent, t0()).await, [contact(4), contact(3), contact(1)]);
+        let foreign = db.exports.with_news(&globex(), Audience::Agent, &contacts, until, t0()).await.unwrap();
+        assert_eq!(foreign, []);
+    }
 }

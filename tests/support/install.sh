@@ -43,6 +43,7 @@ missing_packages() {
     # ensurepip is the part that Debian splits off into python3-venv.
     { [[ -x $python ]] && "$python" -c 'import ensurepip, venv' 2>/dev/null; } || echo python3-venv
     has strace || echo strace
+    has pdftotext || echo poppler-utils
     [[ -e /usr/lib/$(uname -m)-linux-gnu/faketime/libfaketime.so.1 ]] || echo libfaketime
     has setpriv || echo util-linux
     has systemd-analyze || echo systemd

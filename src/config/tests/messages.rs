@@ -235,6 +235,14 @@ const WRONG_VALUES: &[(&str, &str)] = &[
         "1:20: export.directory: [] is a list, not text in quotes; a path; relative ones begin in the state directory",
     ),
     (
+        "export.branding.colour = \"blue\"",
+        "1:26: export.branding.colour: \"blue\" is not a colour; a colour such as \"#1f4e79\"",
+    ),
+    (
+        "export.locale = \"de\"",
+        "1:17: export.locale: \"de\" is unknown; \"en\" or \"pt\"",
+    ),
+    (
         "export.keep = \"7 dogs\"",
         "1:15: export.keep: \"7 dogs\" is not a duration (unknown time unit \"dogs\", supported units: ns, us/µs, ms, sec, min, hours, days, weeks, months, years (and few variations)); a duration from 1s to 3650d, such as \"90s\" or \"1h 30m\"",
     ),
@@ -397,8 +405,15 @@ fn wrong_exports_are_told_by_their_names() {
             "8:12: jobs.x.audience: \"agents\" is unknown; \"client\", \"agent\" or \"audit\"; did you mean \"agent\"?",
         ),
         (
-            export(&format!("{all}format = \"pdf\"")),
-            "8:10: jobs.x.format: \"pdf\" is unknown; only \"csv\"",
+            export(&format!("{all}format = \"json\"")),
+            "8:10: jobs.x.format: \"json\" is unknown; \"csv\", \"csv.gz\", \"csv.zst\", \"pdf\", \"jsonl\", \"jsonl.gz\", \"jsonl.zst\" or \"xlsx\"; did you mean \"jsonl\"?",
+        ),
+        (
+            format!(
+                "{}[mail]\nallowed_domains = [\"b.test\", \"u:b.example\"]",
+                export(all)
+            ),
+            "7:6: jobs.x.to: \"a@b.example\" is not at a domain that t may have mail sent to; those of mail.allowed_domains",
         ),
         (
             export(&format!("{all}period = \"0s\"")),
@@ -450,7 +465,7 @@ fn keys_that_are_unknown_doubled_or_broken_are_told_with_their_place() {
         ),
         (
             "[mail.smpt]\nhost = \"h\"",
-            "1:7: mail.smpt: unknown key; mail takes directory, from, max_attachment, smtp, uncertain; did you mean \"smtp\"?",
+            "1:7: mail.smpt: unknown key; mail takes allowed_domains, directory, from, max_attachment, smtp, uncertain; did you mean \"smtp\"?",
         ),
         (
             "[mail.smtp]\nhost = \"h\"\nhots = \"h\"",

@@ -11,6 +11,7 @@ use chrono_tz::Tz;
 use tempfile::TempDir;
 
 use super::*;
+use crate::domain::Locale;
 use crate::jobs::retry::RetryPolicy;
 use crate::jobs::schedule::Schedule;
 
@@ -119,6 +120,7 @@ fn without_a_file_the_defaults_stand() {
                 from: "timelined <timelined@localhost>".parse().unwrap(),
                 max_attachment: 7 * 1024 * 1024,
                 uncertain: Uncertain::Retry,
+                allowed_domains: AllowedDomains::default(),
             },
             realtime: Realtime {
                 window: 256,
@@ -127,6 +129,13 @@ fn without_a_file_the_defaults_stand() {
             export: Export {
                 directory: setup.path("data/exports"),
                 keep: Duration::from_hours(7 * 24),
+                fonts: Vec::new(),
+                locale: Locale::English,
+                pdf_max_events: 25_000,
+                branding: Branding {
+                    colour: [0x1f, 0x4e, 0x79],
+                    footer: String::new(),
+                },
             },
             history: History {
                 keep: Duration::from_hours(30 * 24),

@@ -15,10 +15,10 @@ use crate::domain::{
     Sweep, TenantId,
 };
 use crate::storage::events::{
-    Backlog, Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, Idempotency, KnownKey,
-    MAX_EXACT_TOTAL, Page, Receipt, Recording, Saved, Slice, Tail, TailEntry, TailMark,
-    Undelivered, View, audit_change, bounds, claims, first_key, judge, last_key, pending_after,
-    unused_keys,
+    Backlog, Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, Idempotency, Imported, KnownKey,
+    MAX_EXACT_TOTAL, Page, Receipt, Receipts, Recording, Saved, Slice, Tail, TailEntry, TailMark,
+    Undelivered, View, audit_change, bounds, claims, first_key, imported, judge, last_key,
+    pending_after, taken_ids, unused_keys,
 };
 use crate::storage::retention::{RetentionStore as _, delete_some};
 use crate::storage::rows::{self, Columns};
@@ -32,7 +32,6 @@ macro_rules! event_columns {
          e.visible_to_client, e.visible_to_agent, e.expires_at, e.occurred_at, e.created_at"
     };
 }
-pub(super) use event_columns;
 
 /// Rows that one look at the tail reads at once; both of its statements say it.
 const TAIL_PAGE: usize = 10_000;
@@ -63,6 +62,18 @@ impl EventRepository for PgStorage {
         let saved = save(&mut transaction, tenant, &batch).await?;
         transaction.commit().await?;
         Ok(saved)
+    }
+
+    async fn import(
+        &self,
+        tenant: &TenantId,
+        events: Vec<ContactEvent>,
+        by: &Subject,
+    ) -> StorageResult<Vec<Imported>> {
+        let mut transaction = self.worker.begin().await?;
+        let imported = import(&mut transaction, tenant, events, by).await?;
+        transaction.commit().await?;
+        Ok(imported)
     }
 
     async fn update(
@@ -101,17 +112,7 @@ impl EventRepository for PgStorage {
         tenant: &TenantId,
         ids: &[EventId],
     ) -> StorageResult<Vec<ContactEvent>> {
-        let rows = sqlx::query(concat!(
-            "select ",
-            event_columns!(),
-            " from timeline_events e
-             where e.tenant_id = $1 and e.id = any($2)"
-        ))
-        .bind(tenant.as_str())
-        .bind(set(ids, EventId::uuid))
-        .fetch_all(&self.foreground)
-        .await?;
-        Ok(rows::events(&rows))
+        find_by_ids(&self.foreground, tenant, ids).await
     }
 
     async fn find_by_contact_visible_to(
@@ -935,6 +936,91 @@ async fn save(
             .await?;
     }
     Ok(saved)
+}
+
+async fn find_by_ids(
+    db: impl PgExecutor<'_>,
+    tenant: &TenantId,
+    ids: &[EventId],
+) -> StorageResult<Vec<ContactEvent>> {
+    let rows = sqlx::query(concat!(
+        "select ",
+        event_columns!(),
+        " from timeline_events e
+         where e.tenant_id = $1 and e.id = any($2)"
+    ))
+    .bind(tenant.as_str())
+    .bind(set(ids, EventId::uuid))
+    .fetch_all(db)
+    .await?;
+    Ok(rows::events(&rows))
+}
+
+/// Saves events that were recorded elsewhere, with their receipts.
+async fn import(
+    db: &mut PgConnection,
+    tenant: &TenantId,
+    events: Vec<ContactEvent>,
+    by: &Subject,
+) -> StorageResult<Vec<Imported>> {
+    let batch: Vec<Recording> = events
+        .into_iter()
+        .map(|event| Recording {
+            event,
+            idempotency: None,
+        })
+        .collect();
+    let mut saved = vec![Saved::Created; batch.len()];
+    insert(&mut *db, tenant, &batch, &mut saved).await?;
+    let Receipts { delivered, read } = Receipts::of(&batch, &saved);
+    if !delivered.is_empty() {
+        let ids: Vec<Uuid> = delivered.iter().map(|(id, ..)| id.uuid()).collect();
+        let audiences: Vec<&str> = (delivered.iter())
+            .map(|(_, audience, _)| audience.as_str())
+            .collect();
+        let times: Vec<DateTime<Utc>> = delivered.iter().map(|(.., at)| *at).collect();
+        sqlx::query(
+            "insert into event_deliveries (tenant_id, event_id, audience, outcome, recorded_at, recorded_by)
+             select $1, event_id, audience, 'delivered', recorded_at, $5
+             from unnest($2::uuid[], $3::text[], $4::timestamptz[]) as d (event_id, audience, recorded_at)
+             on conflict do nothing",
+        )
+        .bind(tenant.as_str())
+        .bind(&ids)
+        .bind(audiences)
+        .bind(times)
+        .bind(by.as_str())
+        .execute(&mut *db)
+        .await?;
+        sqlx::query("delete from event_outbox where tenant_id = $1 and event_id = any($2)")
+            .bind(tenant.as_str())
+            .bind(&ids)
+            .execute(&mut *db)
+            .await?;
+    }
+    if !read.is_empty() {
+        let ids: Vec<Uuid> = read.iter().map(|(id, _)| id.uuid()).collect();
+        let times: Vec<DateTime<Utc>> = read.iter().map(|(_, at)| *at).collect();
+        sqlx::query(
+            "insert into event_reads (tenant_id, event_id, reader, read_at)
+             select $1, event_id, $4, read_at
+             from unnest($2::uuid[], $3::timestamptz[]) as r (event_id, read_at)
+             on conflict do nothing",
+        )
+        .bind(tenant.as_str())
+        .bind(ids)
+        .bind(times)
+        .bind(by.as_str())
+        .execute(&mut *db)
+        .await?;
+    }
+    let taken = taken_ids(&batch, &saved);
+    let found = if taken.is_empty() {
+        Vec::new()
+    } else {
+        find_by_ids(db, tenant, &taken).await?
+    };
+    Ok(imported(&batch, &saved, found))
 }
 
 type Known = HashMap<KnownKey, (Vec<u8>, EventId)>;

@@ -4,17 +4,17 @@ use std::collections::{HashMap, HashSet};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
+use futures_util::TryStreamExt as _;
 use sqlx::Row;
 use sqlx::postgres::{PgConnection, PgRow};
 use uuid::Uuid;
 
-use super::events::event_columns;
-use super::{PgStorage, set};
-use crate::domain::{Audience, Category, ContactId, ExportId, TenantId};
+use super::{PgStorage, Placed, set};
+use crate::domain::{Audience, Category, ContactId, ExportId, Subject, TenantId};
 use crate::storage::events::{Filter, Key, Slice, View, bounds, last_key};
 use crate::storage::exports::{
-    ClaimedDelivery, DeliveryOutcome, Export, ExportDelivery, ExportStore, NewExport, OldFile,
-    Rendered, ids_there_are, unreadable,
+    ClaimedDelivery, DeliveryOutcome, Export, ExportDeed, ExportDelivery, ExportStore, NewExport,
+    NewMail, OldFile, Rendered, ids_there_are, unreadable,
 };
 use crate::storage::rows::{self, Columns};
 use crate::storage::{Fence, Page, StorageError, StorageResult};
@@ -23,7 +23,19 @@ macro_rules! export_columns {
     () => {
         "id, tenant_id, contact_id, format, audience, since, until, categories, timezone, redact, attach, \
          requested_by, created_at, through_seq, state, attempt, started_at, rendered_at, finished_at, \
-         expires_at, total_rows, rows, bytes, sha256, file_name, error"
+         expires_at, total_rows, rows, bytes, sha256, file_name, error, \
+         downloads, last_download_at"
+    };
+}
+
+/// Those of an event, but for when its delivery expired: that of an event which has not expired has not,
+/// and to look for it would cost as much as to look for the delivery.
+macro_rules! row_columns {
+    () => {
+        "e.id, e.tenant_id, e.contact_id, e.session_id, e.event_type, e.category, e.priority, e.source, \
+         e.title, e.description, e.payload::text as payload, e.metadata::text as metadata, e.triggered_by, \
+         e.integration_source, e.is_realtime, e.delivered_at, null::timestamptz as delivery_expired_at, e.read_at, \
+         e.visible_to_client, e.visible_to_agent, e.expires_at, e.occurred_at, e.created_at"
     };
 }
 
@@ -82,6 +94,41 @@ impl PgStorage {
             .await?;
         Ok(due)
     }
+
+    /// The whole record of exports: their deliveries, links, and what was done to them.
+    async fn with_record(
+        db: &mut PgConnection,
+        tenant: &str,
+        rows: &[PgRow],
+    ) -> StorageResult<Vec<Export>> {
+        let mut exports = Self::with_deliveries(&mut *db, tenant, rows).await?;
+        let ids: Vec<ExportId> = exports.iter().map(|export| export.id).collect();
+        let links = sqlx::query(
+            "select export_id, message_id, created_at, expires_at, revoked_at, downloads, last_download_at
+             from export_links
+             where tenant_id = $1 and export_id = any($2)
+             order by created_at, message_id",
+        )
+        .bind(tenant)
+        .bind(set(&ids, ExportId::uuid))
+        .fetch_all(&mut *db)
+        .await?;
+        let links: StorageResult<_> = links.iter().map(rows::export_link).collect();
+        rows::attach_links(&mut exports, links?);
+        let actions = sqlx::query(
+            "select export_id, at, action, actor
+             from export_actions
+             where tenant_id = $1 and export_id = any($2)
+             order by seq",
+        )
+        .bind(tenant)
+        .bind(set(&ids, ExportId::uuid))
+        .fetch_all(&mut *db)
+        .await?;
+        let actions: StorageResult<_> = actions.iter().map(rows::export_action).collect();
+        rows::attach_actions(&mut exports, actions?);
+        Ok(exports)
+    }
 }
 
 #[async_trait]
@@ -133,11 +180,9 @@ impl ExportStore for PgStorage {
         .bind(id.uuid())
         .fetch_all(&mut *snapshot)
         .await?;
-        Ok(
-            Self::with_deliveries(&mut snapshot, tenant.as_str(), &found)
-                .await?
-                .pop(),
-        )
+        Ok(Self::with_record(&mut snapshot, tenant.as_str(), &found)
+            .await?
+            .pop())
     }
 
     async fn list(
@@ -167,7 +212,7 @@ impl ExportStore for PgStorage {
         .bind(audience_names)
         .fetch_all(&mut *snapshot)
         .await?;
-        Self::with_deliveries(&mut snapshot, tenant.as_str(), &found).await
+        Self::with_record(&mut snapshot, tenant.as_str(), &found).await
     }
 
     async fn claim_render(
@@ -342,7 +387,7 @@ impl ExportStore for PgStorage {
             let row = sqlx::query(
                 // returning gives the values after the change, hence the state beforehand
                 "with due as (
-                     select tenant_id, export_id, recipient, state from export_deliveries
+                     select tenant_id, export_id, message_id, state from export_deliveries
                      where state in ('pending', 'sending', 'deferred', 'uncertain') and next_attempt_at <= $2
                        and (claimed_until is null or claimed_until <= $2)
                      order by next_attempt_at limit 1
@@ -350,7 +395,7 @@ impl ExportStore for PgStorage {
                  update export_deliveries d
                  set state = 'sending', claimed_by = $1, claimed_until = $3, attempt = d.attempt + 1
                  from due
-                 where d.tenant_id = due.tenant_id and d.export_id = due.export_id and d.recipient = due.recipient
+                 where d.tenant_id = due.tenant_id and d.export_id = due.export_id and d.message_id = due.message_id
                  returning d.tenant_id, d.export_id, d.recipient, d.message_id, due.state, d.attempt,
                            d.next_attempt_at, d.sent_at, d.error",
             )
@@ -382,11 +427,11 @@ impl ExportStore for PgStorage {
             sqlx::query(
                 "update export_deliveries
                  set state = 'dead', error = $4, claimed_by = null, claimed_until = null
-                 where tenant_id = $1 and export_id = $2 and recipient = $3",
+                 where tenant_id = $1 and export_id = $2 and message_id = $3",
             )
             .bind(&tenant)
             .bind(id)
-            .bind(row.try_get::<String, _>("recipient")?)
+            .bind(row.try_get::<String, _>("message_id")?)
             .bind(unreadable(error)?)
             .execute(&mut *transaction)
             .await?;
@@ -417,11 +462,11 @@ impl ExportStore for PgStorage {
             "update export_deliveries
              set state = $5, next_attempt_at = $6, sent_at = $7, error = $8,
                  claimed_by = null, claimed_until = null
-             where tenant_id = $1 and export_id = $2 and recipient = $3 and claimed_by = $4",
+             where tenant_id = $1 and export_id = $2 and message_id = $3 and claimed_by = $4",
         )
         .bind(tenant.as_str())
         .bind(id.uuid())
-        .bind(&claimed.delivery.to)
+        .bind(&claimed.delivery.message_id)
         .bind(worker)
         .bind(state.as_str())
         .bind(next)
@@ -432,6 +477,191 @@ impl ExportStore for PgStorage {
         conclude(&mut transaction, tenant.as_str(), id.uuid(), now).await?;
         transaction.commit().await?;
         Ok(())
+    }
+
+    async fn add_link(
+        &self,
+        claimed: &ClaimedDelivery,
+        hash: &str,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        sqlx::query(
+            "insert into export_links (hash, tenant_id, export_id, message_id, created_at, expires_at)
+             select $1, tenant_id, id, $4, $5, expires_at
+             from exports
+             where tenant_id = $2 and id = $3 and file_name is not null and expires_at > $5
+             on conflict (hash) do nothing",
+        )
+        .bind(hash)
+        .bind(claimed.export.tenant_id.as_str())
+        .bind(claimed.export.id.uuid())
+        .bind(&claimed.delivery.message_id)
+        .bind(now)
+        .execute(&self.worker)
+        .await?;
+        Ok(())
+    }
+
+    async fn linked(&self, hash: &str, now: DateTime<Utc>) -> StorageResult<Option<Export>> {
+        let mut snapshot = self
+            .worker
+            .begin_with("begin isolation level repeatable read read only")
+            .await?;
+        let found = sqlx::query(concat!(
+            "select ",
+            export_columns!(),
+            " from exports
+             where (tenant_id, id) = (select l.tenant_id, l.export_id from export_links l
+                                      where l.hash = $1 and l.revoked_at is null and l.expires_at > $2)
+               and file_name is not null and expires_at > $2"
+        ))
+        .bind(hash)
+        .bind(now)
+        .fetch_all(&mut *snapshot)
+        .await?;
+        let Some(row) = found.first() else {
+            return Ok(None);
+        };
+        let tenant: String = row.try_get("tenant_id")?;
+        Ok(Self::with_deliveries(&mut snapshot, &tenant, &found)
+            .await?
+            .pop())
+    }
+
+    async fn downloaded(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        link: Option<&str>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        let mut transaction = self.worker.begin().await?;
+        sqlx::query(
+            "update exports set downloads = downloads + 1, last_download_at = $3
+             where tenant_id = $1 and id = $2",
+        )
+        .bind(tenant.as_str())
+        .bind(id.uuid())
+        .bind(now)
+        .execute(&mut *transaction)
+        .await?;
+        sqlx::query(
+            "update export_links set downloads = downloads + 1, last_download_at = $2
+             where hash = $1",
+        )
+        .bind(link)
+        .bind(now)
+        .execute(&mut *transaction)
+        .await?;
+        transaction.commit().await?;
+        Ok(())
+    }
+
+    async fn cancel(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        let mut transaction = self.worker.begin().await?;
+        let cancelled = sqlx::query(
+            "update exports
+             set state = 'cancelled', finished_at = $3, error = null, claimed_by = null,
+                 claimed_until = null, expires_at = case when file_name is not null then $3::timestamptz end
+             where tenant_id = $1 and id = $2 and state in ('queued', 'running')",
+        )
+        .bind(tenant.as_str())
+        .bind(id.uuid())
+        .bind(now)
+        .execute(&mut *transaction)
+        .await?;
+        if cancelled.rows_affected() == 0 {
+            return Ok(false);
+        }
+        let error = "the export was cancelled";
+        end_mails(&mut transaction, tenant, id, error, now).await?;
+        note(&mut transaction, tenant, id, ExportDeed::Cancelled, by, now).await?;
+        transaction.commit().await?;
+        Ok(true)
+    }
+
+    async fn resend(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        mails: &[NewMail],
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        let to: Vec<&str> = mails.iter().map(|mail| mail.to.as_str()).collect();
+        let message_ids: Vec<&str> = mails.iter().map(|mail| mail.message_id.as_str()).collect();
+        let mut transaction = self.worker.begin().await?;
+        let taken = sqlx::query(
+            "update exports
+             set state = case when state = 'failed' then 'running' else state end,
+                 finished_at = case when state = 'failed' then null else finished_at end,
+                 error = null
+             where tenant_id = $1 and id = $2 and state in ('done', 'failed')
+               and file_name is not null and expires_at > $3",
+        )
+        .bind(tenant.as_str())
+        .bind(id.uuid())
+        .bind(now)
+        .execute(&mut *transaction)
+        .await?;
+        if taken.rows_affected() == 0 {
+            return Ok(false);
+        }
+        sqlx::query(
+            "insert into export_deliveries (tenant_id, export_id, recipient, position, message_id,
+                                            state, next_attempt_at)
+             select $1, $2, mails.recipient,
+                    mails.number + (select coalesce(max(d.position), -1) from export_deliveries d
+                                    where d.tenant_id = $1 and d.export_id = $2),
+                    mails.message_id, 'pending', $5
+             from unnest($3::text[], $4::text[]) with ordinality as mails (recipient, message_id, number)",
+        )
+        .bind(tenant.as_str())
+        .bind(id.uuid())
+        .bind(to)
+        .bind(message_ids)
+        .bind(now)
+        .execute(&mut *transaction)
+        .await?;
+        note(&mut transaction, tenant, id, ExportDeed::Resent, by, now).await?;
+        transaction.commit().await?;
+        Ok(true)
+    }
+
+    async fn discard(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        let mut transaction = self.worker.begin().await?;
+        // A cancelled one stays so; of one without a file nothing is left to expire.
+        let discarded = sqlx::query(
+            "update exports
+             set state = case when file_name is null or state = 'cancelled' then state else 'expired' end,
+                 expires_at = case when expires_at is not null then least(expires_at, $3) end
+             where tenant_id = $1 and id = $2 and state not in ('queued', 'running')",
+        )
+        .bind(tenant.as_str())
+        .bind(id.uuid())
+        .bind(now)
+        .execute(&mut *transaction)
+        .await?;
+        if discarded.rows_affected() == 0 {
+            return Ok(false);
+        }
+        let error = "the export was deleted";
+        end_mails(&mut transaction, tenant, id, error, now).await?;
+        note(&mut transaction, tenant, id, ExportDeed::Deleted, by, now).await?;
+        transaction.commit().await?;
+        Ok(true)
     }
 
     async fn release(&self, worker: Uuid) -> StorageResult<()> {
@@ -477,7 +707,8 @@ impl ExportStore for PgStorage {
             "with old as (
                  select * from unnest($1::text[], $2::uuid[]) as old (tenant_id, id)),
              gone as (
-                 update exports e set state = 'expired', file_name = null
+                 update exports e
+                 set state = case when e.state = 'cancelled' then e.state else 'expired' end, file_name = null
                  from old where e.tenant_id = old.tenant_id and e.id = old.id)
              update export_deliveries d set state = 'dead', error = 'the file had expired'
              from old
@@ -510,9 +741,9 @@ impl ExportStore for PgStorage {
         let (key, _) = last_key(page);
         // One lower bound for the index: `since` counts until the first key is beyond it.
         let key = key.max((since, Uuid::nil()));
-        let found = sqlx::query(concat!(
+        let mut found = sqlx::query(concat!(
             "select ",
-            event_columns!(),
+            row_columns!(),
             " from timeline_events e
              where e.tenant_id = $1 and e.contact_id = $2
                and (e.occurred_at, e.id) > ($3, $4)
@@ -534,9 +765,12 @@ impl ExportStore for PgStorage {
         .bind(now)
         .bind(export.through_seq)
         .bind(i64::from(limit) + 1)
-        .fetch_all(&self.worker)
-        .await?;
-        Ok(rows::slice(&found, limit))
+        .fetch(&self.worker);
+        let mut slicing = rows::Slicing::new(limit);
+        while let Some(row) = found.try_next().await? {
+            slicing.push(&Placed::new(&row));
+        }
+        Ok(slicing.end())
     }
 
     async fn count_rows(&self, export: &Export, now: DateTime<Utc>) -> StorageResult<u64> {
@@ -566,6 +800,62 @@ impl ExportStore for PgStorage {
         .fetch_one(&self.worker)
         .await?;
         Ok(count.unsigned_abs())
+    }
+
+    async fn last_ends(
+        &self,
+        tenant: &TenantId,
+        by: &Subject,
+        contacts: &[ContactId],
+    ) -> StorageResult<HashMap<ContactId, DateTime<Utc>>> {
+        // One that expired with its mails undone has no end, one whose mails were all refused an error.
+        let found = sqlx::query(
+            "select e.contact_id, max(e.until) as until
+             from exports e
+             where e.tenant_id = $1 and e.requested_by = $2
+               and e.contact_id = any($3)
+               and e.state in ('done', 'expired') and e.finished_at is not null and e.error is null
+               and e.until is not null
+             group by e.contact_id",
+        )
+        .bind(tenant.as_str())
+        .bind(by.as_str())
+        .bind(set(contacts, ContactId::uuid))
+        .fetch_all(&self.worker)
+        .await?;
+        rows::ends_by_contact(&found)
+    }
+
+    async fn with_news(
+        &self,
+        tenant: &TenantId,
+        audience: Audience,
+        contacts: &[(ContactId, DateTime<Utc>)],
+        until: DateTime<Utc>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Vec<ContactId>> {
+        let ids: Vec<Uuid> = contacts.iter().map(|(contact, _)| contact.uuid()).collect();
+        let since: Vec<DateTime<Utc>> = contacts.iter().map(|(_, since)| *since).collect();
+        let found = sqlx::query(
+            "select asked.contact_id
+             from unnest($2::uuid[], $3::timestamptz[]) with ordinality as asked (contact_id, since, number)
+             where exists (
+                 select 1 from contact_events e
+                 where e.tenant_id = $1 and e.contact_id = asked.contact_id
+                   and e.occurred_at >= asked.since and e.occurred_at < $4
+                   and case $5::text when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else true end
+                   and (e.expires_at is null or e.expires_at > $6))
+             order by asked.number",
+        )
+        .bind(tenant.as_str())
+        .bind(ids)
+        .bind(since)
+        .bind(until)
+        .bind(audience.as_str())
+        .bind(now)
+        .fetch_all(&self.worker)
+        .await?;
+        found.iter().map(rows::contact).collect()
     }
 
     async fn active_contacts(
@@ -604,6 +894,57 @@ impl ExportStore for PgStorage {
         .await?;
         found.iter().map(rows::contact).collect()
     }
+}
+
+/// Ends what is still to be sent of an export, and the links that were.
+async fn end_mails(
+    db: &mut PgConnection,
+    tenant: &TenantId,
+    export: ExportId,
+    error: &'static str,
+    now: DateTime<Utc>,
+) -> StorageResult<()> {
+    sqlx::query(
+        "update export_deliveries set state = 'dead', error = $3
+         where tenant_id = $1 and export_id = $2 and state in ('pending', 'deferred', 'uncertain')",
+    )
+    .bind(tenant.as_str())
+    .bind(export.uuid())
+    .bind(error)
+    .execute(&mut *db)
+    .await?;
+    sqlx::query(
+        "update export_links set revoked_at = $3
+         where tenant_id = $1 and export_id = $2 and revoked_at is null",
+    )
+    .bind(tenant.as_str())
+    .bind(export.uuid())
+    .bind(now)
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// Writes down who did what to an export.
+async fn note(
+    db: &mut PgConnection,
+    tenant: &TenantId,
+    export: ExportId,
+    deed: ExportDeed,
+    by: &Subject,
+    now: DateTime<Utc>,
+) -> StorageResult<()> {
+    sqlx::query(
+        "insert into export_actions (tenant_id, export_id, at, action, actor) values ($1, $2, $3, $4, $5)",
+    )
+    .bind(tenant.as_str())
+    .bind(export.uuid())
+    .bind(now)
+    .bind(deed.as_str())
+    .bind(by.as_str())
+    .execute(db)
+    .await?;
+    Ok(())
 }
 
 /// What the ends of its mails make of an export: done with the first that went out, failed when all

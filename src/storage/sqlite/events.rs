@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use futures_util::TryStreamExt;
 use sqlx::Row;
-use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use sqlx::sqlite::{SqliteConnection, SqliteExecutor, SqliteRow};
 use uuid::Uuid;
 use uuid::fmt::Hyphenated;
 
@@ -17,10 +17,10 @@ use crate::domain::{
     TenantId,
 };
 use crate::storage::events::{
-    Backlog, Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, Idempotency, KnownKey,
-    MAX_EXACT_TOTAL, Page, Receipt, Recording, Saved, Slice, Tail, TailEntry, TailMark,
-    Undelivered, View, audit_change, bounds, claims, first_key, judge, last_key, pending_after,
-    unused_keys,
+    Backlog, Change, EventRepository, Filter, IDEMPOTENCY_WINDOW, Idempotency, Imported, KnownKey,
+    MAX_EXACT_TOTAL, Page, Receipt, Receipts, Recording, Saved, Slice, Tail, TailEntry, TailMark,
+    Undelivered, View, audit_change, bounds, claims, first_key, imported, judge, last_key,
+    pending_after, taken_ids, unused_keys,
 };
 use crate::storage::retention::{RetentionStore as _, delete_some};
 use crate::storage::rows::{self, Columns};
@@ -34,7 +34,6 @@ macro_rules! event_columns {
          e.expires_at, e.occurred_at, e.created_at"
     };
 }
-pub(super) use event_columns;
 
 /// Columns of an insert.
 const INSERT_COLUMNS: usize = 20;
@@ -63,6 +62,18 @@ impl EventRepository for SqliteStorage {
             "an event is saved for its own tenant"
         );
         self.writer.save(batch).await
+    }
+
+    async fn import(
+        &self,
+        tenant: &TenantId,
+        events: Vec<ContactEvent>,
+        by: &Subject,
+    ) -> StorageResult<Vec<Imported>> {
+        let (tenant, by) = (tenant.clone(), by.clone());
+        self.writer
+            .write(move |db| Box::pin(async move { import(db, &tenant, events, &by).await }))
+            .await
     }
 
     async fn update(
@@ -103,17 +114,7 @@ impl EventRepository for SqliteStorage {
         tenant: &TenantId,
         ids: &[EventId],
     ) -> StorageResult<Vec<ContactEvent>> {
-        let rows = sqlx::query(concat!(
-            "select ",
-            event_columns!(),
-            " from timeline_events e
-             where e.tenant_id = $1 and e.id in (select value from json_each($2))"
-        ))
-        .bind(tenant.as_str())
-        .bind(set(ids))
-        .fetch_all(&self.readers)
-        .await?;
-        Ok(rows::events(&rows))
+        find_by_ids(&self.readers, tenant, ids).await
     }
 
     async fn find_by_contact_visible_to(
@@ -881,6 +882,90 @@ pub(super) async fn save(
         .await?;
     }
     Ok(saved)
+}
+
+async fn find_by_ids(
+    db: impl SqliteExecutor<'_>,
+    tenant: &TenantId,
+    ids: &[EventId],
+) -> StorageResult<Vec<ContactEvent>> {
+    let rows = sqlx::query(concat!(
+        "select ",
+        event_columns!(),
+        " from timeline_events e
+         where e.tenant_id = $1 and e.id in (select value from json_each($2))"
+    ))
+    .bind(tenant.as_str())
+    .bind(set(ids))
+    .fetch_all(db)
+    .await?;
+    Ok(rows::events(&rows))
+}
+
+/// Saves events that were recorded elsewhere, with their receipts.
+async fn import(
+    db: &mut SqliteConnection,
+    tenant: &TenantId,
+    events: Vec<ContactEvent>,
+    by: &Subject,
+) -> StorageResult<Vec<Imported>> {
+    let batch: Vec<Recording> = events
+        .into_iter()
+        .map(|event| Recording {
+            event,
+            idempotency: None,
+        })
+        .collect();
+    let saved = save(db, &batch).await?;
+    let Receipts { delivered, read } = Receipts::of(&batch, &saved);
+    if !delivered.is_empty() {
+        let delivered: Vec<(EventId, &str, i64)> = delivered
+            .into_iter()
+            .map(|(id, audience, time)| (id, audience.as_str(), at(time)))
+            .collect();
+        let delivered = set(&delivered);
+        sqlx::query(
+            "insert into event_deliveries (tenant_id, event_id, audience, outcome, recorded_at, recorded_by)
+             select $1, value ->> 0, value ->> 1, 'delivered', value ->> 2, $3 from json_each($2)
+             -- without a condition, \"on\" would begin a join
+             where true
+             on conflict do nothing",
+        )
+        .bind(tenant.as_str())
+        .bind(&delivered)
+        .bind(by.as_str())
+        .execute(&mut *db)
+        .await?;
+        sqlx::query(
+            "delete from event_outbox
+             where tenant_id = $1 and event_id in (select value ->> 0 from json_each($2))",
+        )
+        .bind(tenant.as_str())
+        .bind(&delivered)
+        .execute(&mut *db)
+        .await?;
+    }
+    if !read.is_empty() {
+        let read: Vec<(EventId, i64)> = read.into_iter().map(|(id, time)| (id, at(time))).collect();
+        sqlx::query(
+            "insert into event_reads (tenant_id, event_id, reader, read_at)
+             select $1, value ->> 0, $3, value ->> 1 from json_each($2)
+             where true
+             on conflict do nothing",
+        )
+        .bind(tenant.as_str())
+        .bind(set(&read))
+        .bind(by.as_str())
+        .execute(&mut *db)
+        .await?;
+    }
+    let taken = taken_ids(&batch, &saved);
+    let found = if taken.is_empty() {
+        Vec::new()
+    } else {
+        find_by_ids(db, tenant, &taken).await?
+    };
+    Ok(imported(&batch, &saved, found))
 }
 
 /// Whether saving `batch` is one statement, which leaves nothing behind where it fails.

@@ -4,26 +4,40 @@ use std::collections::{HashMap, HashSet};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
+use futures_util::TryStreamExt as _;
 use sqlx::Row;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use uuid::Uuid;
 
-use super::events::{check_fence, event_columns};
+use super::events::check_fence;
+use super::packed;
 use super::{SqliteStorage, at, changed, set, text};
-use crate::domain::{Audience, Category, ContactId, ExportId, TenantId};
-use crate::storage::events::{Filter, Key, Slice, View, bounds, last_key};
+use crate::domain::{Audience, Category, ContactId, ExportId, Subject, TenantId};
+use crate::storage::events::{Filter, Key, Slice, View, bounds};
 use crate::storage::exports::{
-    ClaimedDelivery, DeliveryOutcome, Export, ExportDelivery, ExportStore, NewExport, OldFile,
-    Rendered, ids_there_are, unreadable,
+    ClaimedDelivery, DeliveryOutcome, Export, ExportDeed, ExportDelivery, ExportRequest,
+    ExportStore, NewExport, NewMail, OldFile, Rendered, ids_there_are, unreadable,
 };
 use crate::storage::rows::{self, Columns};
-use crate::storage::{Fence, Page, StorageResult};
+use crate::storage::{Fence, StorageResult};
 
 macro_rules! export_columns {
     () => {
         "id, tenant_id, contact_id, format, audience, since, until, categories, timezone, redact, attach, \
          requested_by, created_at, through_seq, state, attempt, started_at, rendered_at, finished_at, \
-         expires_at, total_rows, rows, bytes, sha256, file_name, error"
+         expires_at, total_rows, rows, bytes, sha256, file_name, error, \
+         downloads, last_download_at"
+    };
+}
+
+/// Those of an event, but for when its delivery expired: that of an event which has not expired has not,
+/// and to look for it would cost as much as to look for the delivery.
+macro_rules! row_columns {
+    () => {
+        "e.id, e.tenant_id, e.contact_id, e.session_id, e.event_type, e.category, e.priority, e.source, \
+         e.title, e.description, e.payload, e.metadata, e.triggered_by, \
+         e.integration_source, e.is_realtime, e.delivered_at, null as delivery_expired_at, e.read_at, \
+         e.visible_to_client, e.visible_to_agent, e.expires_at, e.occurred_at, e.created_at"
     };
 }
 
@@ -39,7 +53,63 @@ fn deliveries(rows: &[SqliteRow]) -> StorageResult<Deliveries> {
     rows.iter().map(rows::delivery).collect()
 }
 
+/// Behind which key a page begins, and before which time it ends.
+fn span(request: &ExportRequest, after: Option<Key>) -> ((DateTime<Utc>, Uuid), DateTime<Utc>) {
+    let filter = Filter {
+        since: request.since,
+        until: request.until,
+        ..Filter::default()
+    };
+    let (since, until) = bounds(&filter);
+    // One lower bound for the index: `since` counts until the first key is beyond it.
+    let since = (since, Uuid::nil());
+    let key = after.map_or(since, |key| since.max((key.occurred_at, key.id.uuid())));
+    (key, until)
+}
+
 impl SqliteStorage {
+    /// A page, row by row.
+    async fn plain_rows(
+        &self,
+        export: &Export,
+        after: Option<Key>,
+        now: DateTime<Utc>,
+        limit: u32,
+    ) -> StorageResult<Slice> {
+        let request = &export.request;
+        let view = View::of(request.audience, now);
+        let (key, until) = span(request, after);
+        let mut found = sqlx::query(concat!(
+            "select ", row_columns!(), "
+             from timeline_events e
+             where e.tenant_id = $1 and e.contact_id = $2
+               and (e.occurred_at, e.id) > ($3, $4)
+               and e.occurred_at < $5
+               and ($6 = '[]' or e.category in (select value from json_each($6)))
+               and case $7 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
+               and (e.expires_at is null or e.expires_at > $8)
+               and e.seq <= $9
+             order by e.occurred_at, e.id
+             limit $10"
+        ))
+        .bind(export.tenant_id.as_str())
+        .bind(text(request.contact_id.uuid()))
+        .bind(at(key.0))
+        .bind(text(key.1))
+        .bind(at(until))
+        .bind(set(&request.categories))
+        .bind(view.audience.as_str())
+        .bind(at(now))
+        .bind(export.through_seq)
+        .bind(i64::from(limit) + 1)
+        .fetch(&self.readers);
+        let mut slicing = rows::Slicing::new(limit);
+        while let Some(row) = found.try_next().await? {
+            slicing.push(&row);
+        }
+        Ok(slicing.end())
+    }
+
     /// The deliveries of exports, read in the same snapshot as the exports themselves.
     async fn with_deliveries(
         db: &mut SqliteConnection,
@@ -63,6 +133,41 @@ impl SqliteStorage {
         .fetch_all(db)
         .await?;
         rows::attach(&mut exports, deliveries(&found)?);
+        Ok(exports)
+    }
+
+    /// The whole record of exports: their deliveries, links, and what was done to them.
+    async fn with_record(
+        db: &mut SqliteConnection,
+        tenant: &str,
+        rows: &[SqliteRow],
+    ) -> StorageResult<Vec<Export>> {
+        let mut exports = Self::with_deliveries(&mut *db, tenant, rows).await?;
+        let ids: Vec<ExportId> = exports.iter().map(|export| export.id).collect();
+        let links = sqlx::query(
+            "select export_id, message_id, created_at, expires_at, revoked_at, downloads, last_download_at
+             from export_links
+             where tenant_id = $1 and export_id in (select value from json_each($2))
+             order by created_at, message_id",
+        )
+        .bind(tenant)
+        .bind(set(&ids))
+        .fetch_all(&mut *db)
+        .await?;
+        let links: StorageResult<_> = links.iter().map(rows::export_link).collect();
+        rows::attach_links(&mut exports, links?);
+        let actions = sqlx::query(
+            "select export_id, at, action, actor
+             from export_actions
+             where tenant_id = $1 and export_id in (select value from json_each($2))
+             order by seq",
+        )
+        .bind(tenant)
+        .bind(set(&ids))
+        .fetch_all(&mut *db)
+        .await?;
+        let actions: StorageResult<_> = actions.iter().map(rows::export_action).collect();
+        rows::attach_actions(&mut exports, actions?);
         Ok(exports)
     }
 
@@ -105,11 +210,9 @@ impl ExportStore for SqliteStorage {
         .bind(text(id.uuid()))
         .fetch_all(&mut *snapshot)
         .await?;
-        Ok(
-            Self::with_deliveries(&mut snapshot, tenant.as_str(), &found)
-                .await?
-                .pop(),
-        )
+        Ok(Self::with_record(&mut snapshot, tenant.as_str(), &found)
+            .await?
+            .pop())
     }
 
     async fn list(
@@ -135,7 +238,7 @@ impl ExportStore for SqliteStorage {
         .bind(set(audiences))
         .fetch_all(&mut *snapshot)
         .await?;
-        Self::with_deliveries(&mut snapshot, tenant.as_str(), &found).await
+        Self::with_record(&mut snapshot, tenant.as_str(), &found).await
     }
 
     async fn claim_render(
@@ -293,7 +396,7 @@ impl ExportStore for SqliteStorage {
         now: DateTime<Utc>,
     ) -> StorageResult<()> {
         let (tenant, id) = (claimed.export.tenant_id.clone(), claimed.export.id);
-        let (recipient, outcome) = (claimed.delivery.to.clone(), outcome.clone());
+        let (message_id, outcome) = (claimed.delivery.message_id.clone(), outcome.clone());
         self.writer
             .write(move |db| {
                 Box::pin(async move {
@@ -302,11 +405,11 @@ impl ExportStore for SqliteStorage {
                         "update export_deliveries
                          set state = $5, next_attempt_at = $6, sent_at = $7, error = $8,
                              claimed_by = null, claimed_until = null
-                         where tenant_id = $1 and export_id = $2 and recipient = $3 and claimed_by = $4",
+                         where tenant_id = $1 and export_id = $2 and message_id = $3 and claimed_by = $4",
                     )
                     .bind(tenant.as_str())
                     .bind(text(id.uuid()))
-                    .bind(recipient)
+                    .bind(message_id)
                     .bind(text(worker))
                     .bind(state.as_str())
                     .bind(next.map(at))
@@ -315,6 +418,211 @@ impl ExportStore for SqliteStorage {
                     .execute(&mut *db)
                     .await?;
                     conclude(db, tenant.as_str(), id.uuid(), now).await
+                })
+            })
+            .await
+    }
+
+    async fn add_link(
+        &self,
+        claimed: &ClaimedDelivery,
+        hash: &str,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        let (tenant, id) = (claimed.export.tenant_id.clone(), claimed.export.id);
+        let (message_id, hash) = (claimed.delivery.message_id.clone(), hash.to_owned());
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    sqlx::query(
+                        "insert into export_links (hash, tenant_id, export_id, message_id, created_at, expires_at)
+                         select $1, tenant_id, id, $4, $5, expires_at
+                         from exports
+                         where tenant_id = $2 and id = $3 and file_name is not null and expires_at > $5
+                         on conflict (hash) do nothing",
+                    )
+                    .bind(hash)
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(message_id)
+                    .bind(at(now))
+                    .execute(db)
+                    .await?;
+                    Ok(())
+                })
+            })
+            .await
+    }
+
+    async fn linked(&self, hash: &str, now: DateTime<Utc>) -> StorageResult<Option<Export>> {
+        let mut snapshot = self.readers.begin().await?;
+        let found = sqlx::query(concat!(
+            "select ",
+            export_columns!(),
+            " from exports
+             where (tenant_id, id) = (select l.tenant_id, l.export_id from export_links l
+                                      where l.hash = $1 and l.revoked_at is null and l.expires_at > $2)
+               and file_name is not null and expires_at > $2"
+        ))
+        .bind(hash)
+        .bind(at(now))
+        .fetch_all(&mut *snapshot)
+        .await?;
+        let Some(row) = found.first() else {
+            return Ok(None);
+        };
+        let tenant: String = row.try_get("tenant_id")?;
+        Ok(Self::with_deliveries(&mut snapshot, &tenant, &found)
+            .await?
+            .pop())
+    }
+
+    async fn downloaded(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        link: Option<&str>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<()> {
+        let (tenant, link) = (tenant.clone(), link.map(str::to_owned));
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    sqlx::query(
+                        "update exports set downloads = downloads + 1, last_download_at = $3
+                         where tenant_id = $1 and id = $2",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(at(now))
+                    .execute(&mut *db)
+                    .await?;
+                    sqlx::query(
+                        "update export_links set downloads = downloads + 1, last_download_at = $2
+                         where hash = $1",
+                    )
+                    .bind(link)
+                    .bind(at(now))
+                    .execute(db)
+                    .await?;
+                    Ok(())
+                })
+            })
+            .await
+    }
+
+    async fn cancel(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        let (tenant, by) = (tenant.clone(), by.clone());
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    let cancelled = sqlx::query(
+                        "update exports
+                         set state = 'cancelled', finished_at = $3, error = null, claimed_by = null,
+                             claimed_until = null, expires_at = case when file_name is not null then $3 end
+                         where tenant_id = $1 and id = $2 and state in ('queued', 'running')",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(at(now));
+                    if changed(&mut *db, cancelled).await? == 0 {
+                        return Ok(false);
+                    }
+                    let error = "the export was cancelled";
+                    end_mails(&mut *db, &tenant, id, error, now).await?;
+                    note(db, &tenant, id, ExportDeed::Cancelled, &by, now).await?;
+                    Ok(true)
+                })
+            })
+            .await
+    }
+
+    async fn resend(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        mails: &[NewMail],
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        let (tenant, by) = (tenant.clone(), by.clone());
+        let mails: Vec<_> = mails
+            .iter()
+            .map(|mail| serde_json::json!([mail.to, mail.message_id]))
+            .collect();
+        let mails = set(&mails);
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    let taken = sqlx::query(
+                        "update exports
+                         set state = case when state = 'failed' then 'running' else state end,
+                             finished_at = case when state = 'failed' then null else finished_at end,
+                             error = null
+                         where tenant_id = $1 and id = $2 and state in ('done', 'failed')
+                           and file_name is not null and expires_at > $3",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(at(now));
+                    if changed(&mut *db, taken).await? == 0 {
+                        return Ok(false);
+                    }
+                    sqlx::query(
+                        "insert into export_deliveries (tenant_id, export_id, recipient, position, message_id,
+                                                        state, next_attempt_at)
+                         select $1, $2, value ->> 0,
+                                key + (select coalesce(max(d.position) + 1, 0) from export_deliveries d
+                                       where d.tenant_id = $1 and d.export_id = $2),
+                                value ->> 1, 'pending', $4
+                         from json_each($3)",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(mails)
+                    .bind(at(now))
+                    .execute(&mut *db)
+                    .await?;
+                    note(db, &tenant, id, ExportDeed::Resent, &by, now).await?;
+                    Ok(true)
+                })
+            })
+            .await
+    }
+
+    async fn discard(
+        &self,
+        tenant: &TenantId,
+        id: ExportId,
+        by: &Subject,
+        now: DateTime<Utc>,
+    ) -> StorageResult<bool> {
+        let (tenant, by) = (tenant.clone(), by.clone());
+        self.writer
+            .write(move |db| {
+                Box::pin(async move {
+                    // A cancelled one stays so; of one without a file nothing is left to expire.
+                    let discarded = sqlx::query(
+                        "update exports
+                         set state = case when file_name is null or state = 'cancelled' then state else 'expired' end,
+                             expires_at = min(expires_at, $3)
+                         where tenant_id = $1 and id = $2 and state not in ('queued', 'running')",
+                    )
+                    .bind(tenant.as_str())
+                    .bind(text(id.uuid()))
+                    .bind(at(now));
+                    if changed(&mut *db, discarded).await? == 0 {
+                        return Ok(false);
+                    }
+                    end_mails(&mut *db, &tenant, id, "the export was deleted", now).await?;
+                    note(db, &tenant, id, ExportDeed::Deleted, &by, now).await?;
+                    Ok(true)
                 })
             })
             .await
@@ -370,7 +678,8 @@ impl ExportStore for SqliteStorage {
             .write(move |db| {
                 Box::pin(async move {
                     sqlx::query(
-                        "update exports set state = 'expired', file_name = null
+                        "update exports
+                         set state = case when state = 'cancelled' then state else 'expired' end, file_name = null
                          where (tenant_id, id) in (select value ->> 0, value ->> 1 from json_each($1))",
                     )
                     .bind(&gone)
@@ -397,31 +706,32 @@ impl ExportStore for SqliteStorage {
         now: DateTime<Utc>,
         limit: u32,
     ) -> StorageResult<Slice> {
+        // One text a page: sqlx copies each value of a row on its own, and hands each row from thread to
+        // thread, which takes longer than to find it.
         let request = &export.request;
         let view = View::of(request.audience, now);
-        let filter = Filter {
-            since: request.since,
-            until: request.until,
-            ..Filter::default()
-        };
-        let (since, until) = bounds(&filter);
-        let page = after.map_or(Page::first(limit), |key| Page::after(limit, key));
-        let (key, _) = last_key(page);
-        // One lower bound for the index: `since` counts until the first key is beyond it.
-        let key = key.max((since, Uuid::nil()));
-        let found = sqlx::query(concat!(
-            "select ", event_columns!(), "
-             from timeline_events e
-             where e.tenant_id = $1 and e.contact_id = $2
-               and (e.occurred_at, e.id) > ($3, $4)
-               and e.occurred_at < $5
-               and ($6 = '[]' or e.category in (select value from json_each($6)))
-               and case $7 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
-               and (e.expires_at is null or e.expires_at > $8)
-               and e.seq <= $9
-             order by e.occurred_at, e.id
-             limit $10"
-        ))
+        let (key, until) = span(request, after);
+        let page = sqlx::query(
+            "select count(*) as rows, string_agg(packed, char(0)) as page
+             from (
+                 select concat_ws(char(0), e.id, e.contact_id, coalesce(e.session_id, ''), e.event_type, e.category,
+                                  e.priority, e.source, coalesce('=' || e.title, ''),
+                                  coalesce('=' || e.description, ''), e.payload, e.metadata,
+                                  coalesce(e.triggered_by, ''), coalesce('=' || e.integration_source, ''),
+                                  e.is_realtime, coalesce(e.delivered_at, ''), coalesce(e.read_at, ''),
+                                  e.visible_to_client, e.visible_to_agent, coalesce(e.expires_at, ''),
+                                  e.occurred_at, e.created_at) as packed
+                 from timeline_events e
+                 where e.tenant_id = $1 and e.contact_id = $2
+                   and (e.occurred_at, e.id) > ($3, $4)
+                   and e.occurred_at < $5
+                   and ($6 = '[]' or e.category in (select value from json_each($6)))
+                   and case $7 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
+                   and (e.expires_at is null or e.expires_at > $8)
+                   and e.seq <= $9
+                 order by e.occurred_at, e.id
+                 limit $10)",
+        )
         .bind(export.tenant_id.as_str())
         .bind(text(request.contact_id.uuid()))
         .bind(at(key.0))
@@ -432,9 +742,16 @@ impl ExportStore for SqliteStorage {
         .bind(at(now))
         .bind(export.through_seq)
         .bind(i64::from(limit) + 1)
-        .fetch_all(&self.readers)
+        .fetch_one(&self.readers)
         .await?;
-        Ok(rows::slice(&found, limit))
+        let count: i64 = page.try_get("rows")?;
+        // No text where there are no rows, and none that is UTF-8 where another program wrote others.
+        let text = page.try_get("page").unwrap_or_default();
+        match packed::page(export.tenant_id.as_str(), text, count, limit) {
+            Some(page) => Ok(page),
+            // It does not come apart, such as for a NUL in a text.
+            None => self.plain_rows(export, after, now, limit).await,
+        }
     }
 
     async fn count_rows(&self, export: &Export, now: DateTime<Utc>) -> StorageResult<u64> {
@@ -464,6 +781,63 @@ impl ExportStore for SqliteStorage {
         .fetch_one(&self.readers)
         .await?;
         Ok(count.unsigned_abs())
+    }
+
+    async fn last_ends(
+        &self,
+        tenant: &TenantId,
+        by: &Subject,
+        contacts: &[ContactId],
+    ) -> StorageResult<HashMap<ContactId, DateTime<Utc>>> {
+        // One that expired with its mails undone has no end, one whose mails were all refused an error.
+        let found = sqlx::query(
+            "select e.contact_id, max(e.until) as until
+             from exports e
+             where e.tenant_id = $1 and e.requested_by = $2
+               and e.contact_id in (select value from json_each($3))
+               and e.state in ('done', 'expired') and e.finished_at is not null and e.error is null
+               and e.until is not null
+             group by e.contact_id",
+        )
+        .bind(tenant.as_str())
+        .bind(by.as_str())
+        .bind(set(contacts))
+        .fetch_all(&self.readers)
+        .await?;
+        rows::ends_by_contact(&found)
+    }
+
+    async fn with_news(
+        &self,
+        tenant: &TenantId,
+        audience: Audience,
+        contacts: &[(ContactId, DateTime<Utc>)],
+        until: DateTime<Utc>,
+        now: DateTime<Utc>,
+    ) -> StorageResult<Vec<ContactId>> {
+        let asked: Vec<_> = contacts
+            .iter()
+            .map(|(contact, since)| serde_json::json!([contact, at(*since)]))
+            .collect();
+        let found = sqlx::query(
+            "select asked.value ->> 0 as contact_id
+             from json_each($2) asked
+             where exists (
+                 select 1 from contact_events e
+                 where e.tenant_id = $1 and e.contact_id = asked.value ->> 0
+                   and e.occurred_at >= asked.value ->> 1 and e.occurred_at < $3
+                   and case $4 when 'client' then e.visible_to_client when 'agent' then e.visible_to_agent else 1 end
+                   and (e.expires_at is null or e.expires_at > $5))
+             order by asked.key",
+        )
+        .bind(tenant.as_str())
+        .bind(set(&asked))
+        .bind(at(until))
+        .bind(audience.as_str())
+        .bind(at(now))
+        .fetch_all(&self.readers)
+        .await?;
+        found.iter().map(rows::contact).collect()
     }
 
     async fn active_contacts(
@@ -611,6 +985,57 @@ async fn claim_delivery(
             conclude(&mut *db, &tenant, export, now).await?;
         }
     }
+}
+
+/// Ends what is still to be sent of an export, and the links that were.
+async fn end_mails(
+    db: &mut SqliteConnection,
+    tenant: &TenantId,
+    export: ExportId,
+    error: &'static str,
+    now: DateTime<Utc>,
+) -> StorageResult<()> {
+    sqlx::query(
+        "update export_deliveries set state = 'dead', error = $3
+         where tenant_id = $1 and export_id = $2 and state in ('pending', 'deferred', 'uncertain')",
+    )
+    .bind(tenant.as_str())
+    .bind(text(export.uuid()))
+    .bind(error)
+    .execute(&mut *db)
+    .await?;
+    sqlx::query(
+        "update export_links set revoked_at = $3
+         where tenant_id = $1 and export_id = $2 and revoked_at is null",
+    )
+    .bind(tenant.as_str())
+    .bind(text(export.uuid()))
+    .bind(at(now))
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// Writes down who did what to an export.
+async fn note(
+    db: &mut SqliteConnection,
+    tenant: &TenantId,
+    export: ExportId,
+    deed: ExportDeed,
+    by: &Subject,
+    now: DateTime<Utc>,
+) -> StorageResult<()> {
+    sqlx::query(
+        "insert into export_actions (tenant_id, export_id, at, action, actor) values ($1, $2, $3, $4, $5)",
+    )
+    .bind(tenant.as_str())
+    .bind(text(export.uuid()))
+    .bind(at(now))
+    .bind(deed.as_str())
+    .bind(by.as_str())
+    .execute(db)
+    .await?;
+    Ok(())
 }
 
 /// What the ends of its mails make of an export: done with the first that went out, failed when all

@@ -8,6 +8,7 @@ mod erasure;
 mod events;
 mod exports;
 mod ledger;
+mod packed;
 mod retention;
 mod writer;
 
